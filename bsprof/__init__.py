@@ -1,0 +1,1 @@
+"""Where a PyTorch training step's time goes, in numbers that can be trusted."""

@@ -1,0 +1,28 @@
+"""Errors that a user can act on, and the one place where they become exit codes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of the command line.
+
+    `DONE` everything asked for was done; `VERDICT` it was done and the answer is negative;
+    `USAGE` it could not be done as asked; `INTERRUPTED` stopped by the user, what was measured is saved.
+    """
+
+    DONE = 0
+    VERDICT = 1
+    USAGE = 2
+    INTERRUPTED = 130
+
+
+class BsprofError(Exception):
+    """What went wrong in one line, naming the flag, file or path in the file, and a hint at the cure."""
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: Exit = Exit.USAGE) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code

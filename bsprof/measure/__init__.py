@@ -1,0 +1,1 @@
+"""The clock, the recorder, the one step loop, the environment."""

@@ -1,0 +1,328 @@
+"""The nouns: what is varied, what was measured, and on what.
+
+Every noun is a frozen, keyword-only msgspec struct whose fields *are* the JSON. Units are in the names
+(`_s`, `_ns`, `_bytes`). `None` means 'not captured' or 'means nothing here'; `0` is a measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA = 1
+
+PHASES = ("data", "h2d", "forward", "backward", "optimizer")
+"""The phases of bsprof's own step loop, in order. A user's loop may mark others: phases are keys, not fields."""
+
+OutcomeKind = Literal["ok", "oom", "host_oom", "shm", "timeout", "crash", "error", "interrupted", "skipped"]
+
+
+class Noun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all nouns share: immutable, named fields, and no unknown ones."""
+
+
+# --- axes -------------------------------------------------------------------------------------------
+
+
+class AxisInfo(typing.NamedTuple):
+    """How an axis shows itself: its column in a table, its line of help, and what it needs to mean anything."""
+
+    column: str
+    help: str
+    needs: Literal["accelerator", "cuda", "workers"] | None = None
+
+
+def _axis(column: str, help: str, needs: Literal["accelerator", "cuda", "workers"] | None = None) -> Meta:
+    return Meta(description=help, extra={"axis": AxisInfo(column, help, needs)})
+
+
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+
+
+class Settings(Noun, frozen=True, kw_only=True):
+    """One value for every axis. To add an axis, add a field here; flag, column, plan and JSON follow."""
+
+    model: Annotated[str, _axis("model", "a name from `bsprof workloads`, or pkg.module:factory")] = "mobilenet_v2"
+    data: Annotated[
+        str, _axis("data", "jpeg[:WxH,n=N], synthetic, cifar10, …, imagefolder:PATH, or pkg.module:factory")
+    ] = "jpeg"
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], _axis("optimizer", "sgd has momentum 0.9")] = "sgd"
+    batch_size: Annotated[Positive, _axis("batch", "samples in a step")] = 32
+    image_size: Annotated[
+        Annotated[int, Meta(ge=8)] | None, _axis("image", "pixels a side; by default the data set's own size")
+    ] = None
+    workers: Annotated[Natural, _axis("workers", "DataLoader worker processes; 0 loads in the main process")] = 0
+    prefetch: Annotated[Positive | None, _axis("prefetch", "batches prepared ahead by each worker", "workers")] = 2
+    pin_memory: Annotated[bool | None, _axis("pin", "page-locked batches", "accelerator")] = True
+    persistent_workers: Annotated[bool | None, _axis("persistent", "workers outlive an epoch", "workers")] = False
+    amp: Annotated[Literal["off", "bf16", "fp16"], _axis("amp", "automatic mixed precision")] = "off"
+    channels_last: Annotated[bool, _axis("channels_last", "NHWC memory layout")] = False
+    compile: Annotated[bool, _axis("compile", "torch.compile the model")] = False
+    threads: Annotated[Positive | None, _axis("threads", "torch CPU threads; by default the usable cores")] = None
+    cudnn_benchmark: Annotated[bool | None, _axis("bench", "torch.backends.cudnn.benchmark", "cuda")] = False
+    cudnn_deterministic: Annotated[bool | None, _axis("determ", "torch.backends.cudnn.deterministic", "cuda")] = False
+    world_size: Annotated[Positive, _axis("world", "processes training together; more than 1 is not yet supported")] = 1
+
+
+class Axis(typing.NamedTuple):
+    """A knob: its name, the plain type of one value, whether it may be null, its default and how it shows itself."""
+
+    name: str
+    type: Any
+    nullable: bool
+    default: Any
+    info: AxisInfo
+
+
+def _union_members(value_type: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(value_type) in (typing.Union, types.UnionType)
+    return typing.get_args(value_type) if is_union else (value_type,)
+
+
+def _read_axis(field: msgspec.structs.FieldInfo) -> Axis:
+    value_type, meta = field.type.__origin__, field.type.__metadata__[-1]
+    members = [arg for arg in _union_members(value_type) if arg is not type(None)]
+    nullable = len(members) < len(_union_members(value_type))
+    (plain,) = members
+    plain = getattr(plain, "__origin__", plain) if typing.get_origin(plain) is Annotated else plain
+    return Axis(field.name, plain, nullable, field.default, meta.extra["axis"])
+
+
+AXES: dict[str, Axis] = {field.name: _read_axis(field) for field in msgspec.structs.fields(Settings)}
+"""Every axis by name, in table order."""
+
+Axes = msgspec.defstruct(
+    "Axes",
+    [
+        (field.name, tuple[field.type, ...] | msgspec.UnsetType, msgspec.UNSET)  # type: ignore[name-defined]
+        for field in msgspec.structs.fields(Settings)
+    ],
+    bases=(Noun,),
+    frozen=True,
+    kw_only=True,
+    module=__name__,
+)
+"""The values to sweep: for each axis a tuple of values, or nothing where the default holds."""
+
+
+# --- plan and case ----------------------------------------------------------------------------------
+
+
+class Stop(Noun, frozen=True, kw_only=True):
+    """When a case has been measured enough."""
+
+    precision: Annotated[float, Meta(gt=0, lt=1, description="relative half-width of the median's interval")] = 0.02
+    max_case_time_s: Annotated[float, Meta(gt=0, description="a case's time, warm-up included")] = 20.0
+    min_steps: Annotated[int, Meta(ge=2, description="instrumented steps measured at the least")] = 10
+    max_steps: Annotated[int, Meta(ge=2, description="instrumented steps measured at the most")] = 10_000
+
+
+class Plan(Noun, frozen=True, kw_only=True):
+    """What to vary and how to stop.
+
+    `axes` hold for all blocks, each block overrides them, and each block is a full factorial.
+    """
+
+    axes: Axes = msgspec.field(default_factory=Axes)  # type: ignore[valid-type]
+    blocks: tuple[Axes, ...] = ()  # type: ignore[valid-type]
+    stop: Stop = msgspec.field(default_factory=Stop)
+    repeat: Annotated[int, Meta(ge=1, description="processes a case")] = 1
+    seed: Annotated[int, Meta(ge=0, description="of the case order, the weights and the shuffling")] = 0
+    order: Literal["shuffled", "listed"] = "shuffled"
+    malloc: Literal["pinned", "default"] = "pinned"
+    deadline_s: Annotated[float, Meta(gt=0, description="a case past it is ended")] = 300.0
+    host_memory_bytes: Annotated[int, Meta(ge=1, description="private memory a case's process may have")] | None = None
+    data_root: str | None = None
+    download: bool = False
+
+
+class Case(Noun, frozen=True, kw_only=True):
+    """One point of a plan, in one process. `settings` is null for a user's own loop."""
+
+    key: str
+    settings: Settings | None = None
+    process: Annotated[int, Meta(ge=0, description="which of the plan's `repeat` processes")] = 0
+
+
+def case_key(settings: Settings) -> str:
+    """Return a short name for `settings` that stays the same when later versions add axes."""
+    fields = {axis.name: value for axis in AXES.values() if (value := getattr(settings, axis.name)) != axis.default}
+    return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).hexdigest()[:12]
+
+
+# --- what was measured ------------------------------------------------------------------------------
+
+
+class Block(Noun, frozen=True, kw_only=True):
+    """A run of consecutive steps, timed from outside by two clock reads of its own."""
+
+    kind: Literal["instrumented", "bare"]
+    steps: int
+    wall_ns: int
+
+
+class Counters(Noun, frozen=True, kw_only=True):
+    """What the operating system counted while the steady steps ran, in the training process alone."""
+
+    wall_ns: int
+    cpu_ns: int
+    minor_faults: int
+    major_faults: int
+    voluntary_switches: int
+    involuntary_switches: int
+
+
+class Samples(Noun, frozen=True, kw_only=True):
+    """Raw times, one entry a step, in nanoseconds. Every statistic is derived from these.
+
+    `step_ns[i]` runs from where step i's `data` begins to where step i + 1's begins, and
+    `step_ns[i] = sum(phase[i] for phase in host_ns) + other[i]` defines the signed residual `other`.
+    """
+
+    batch_size: int | None
+    step_ns: list[int]
+    host_ns: dict[str, list[int]]
+    device_step_ns: list[int] | None = None
+    device_ns: dict[str, list[int]] | None = None
+    blocks: list[Block] = []
+    epoch_boundaries: list[int] = []
+    """Indices of steps in which an epoch ended: kept, but no part of the steady state."""
+    warmup_ns: list[int] = []
+    """Every step before the steady state, the first (cold) one included."""
+    steady: bool = True
+    """Whether warm-up ended because the step time was steady (else because its time was up)."""
+    recorder_ns_per_step: int | None = None
+    """The recorder's own cost, measured alone with the same marks after the window."""
+    counters: Counters | None = None
+    final_loss: float | None = None
+
+
+class Startup(Noun, frozen=True, kw_only=True):
+    """What a case costs before its first steady step, and at each epoch's end."""
+
+    process_ns: int | None = None
+    """From the parent's request to the first line of the case's own code."""
+    build_ns: int | None = None
+    """Building model, data set and optimizer."""
+    iterator_ns: int | None = None
+    """`iter(loader)`: starting the workers."""
+    first_batch_ns: int | None = None
+    """The first `next()`."""
+    epoch_end_ns: list[int] | None = None
+    """The last `next()` of an epoch, that raises StopIteration and joins the workers."""
+    epoch_start_ns: list[int] | None = None
+    """`iter()` and the first `next()` of the epoch that follows."""
+
+
+class Outcome(Noun, frozen=True, kw_only=True):
+    """How a case ended. A failure is data: what happened, where, and the evidence."""
+
+    kind: OutcomeKind
+    message: str | None = None
+    hint: str | None = None
+    phase: str | None = None
+    """The phase that was running, or `build`, `warmup` or `loader`, where it is known."""
+    traceback: str | None = None
+    evidence: dict[str, int | float | str | None] = {}
+
+
+class Note(Noun, frozen=True, kw_only=True):
+    """Something a reader must know before trusting a number."""
+
+    code: str
+    text: str
+
+
+class Facts(Noun, frozen=True, kw_only=True):
+    """What was in force in the case, as against what was asked."""
+
+    device: str
+    threads: int
+    parameters: int
+    image_size: int | None = None
+    samples_in_dataset: int | None = None
+    classes: int | None = None
+    malloc: str = "default"
+
+
+class Measurement(Noun, frozen=True, kw_only=True):
+    """One case: what it was, how it ended, what was measured."""
+
+    case: Case
+    outcome: Outcome
+    wall_s: float
+    """From the parent's request to the end of the case's process."""
+    inside_s: float | None = None
+    """The part of `wall_s` spent inside the case's own code."""
+    facts: Facts | None = None
+    startup: Startup | None = None
+    samples: Samples | None = None
+    notes: tuple[Note, ...] = ()
+
+
+# --- on what ----------------------------------------------------------------------------------------
+
+
+class Accelerator(Noun, frozen=True, kw_only=True):
+    """A device that trains, as its driver names it."""
+
+    name: str
+    kind: str
+    index: int
+    uuid: str | None = None
+    memory_bytes: int | None = None
+    capability: str | None = None
+
+
+class Environment(Noun, frozen=True, kw_only=True):
+    """Hardware and software that numbers depend on."""
+
+    host: str
+    os: str
+    kernel: str
+    hypervisor: str | None
+    cpu: str
+    cores_logical: int
+    cores_physical: int | None
+    cores_usable: int
+    """Cores this process may use: affinity and cgroup quota taken together."""
+    cpu_quota: float | None
+    """Cores granted by the cgroup, or null where it sets no limit."""
+    memory_bytes: int
+    memory_limit_bytes: int | None
+    """The cgroup's limit, or null where it sets none."""
+    shm_bytes: int | None
+    accelerators: tuple[Accelerator, ...]
+    driver: str | None
+    python: str
+    torch: str
+    torchvision: str | None
+    cuda: str | None
+    cudnn: str | None
+    numpy: str
+    libc: str
+    bsprof: str
+    git_commit: str | None
+    """Commit of the working directory, `+` behind it where there are changes."""
+    variables: dict[str, str]
+    """Environment variables that change the numbers (`OMP_*`, `MALLOC_*`, `CUDA_*`, …)."""
+
+
+class Result(Noun, frozen=True, kw_only=True):
+    """A whole sweep, reproducible from this file alone."""
+
+    schema: int = SCHEMA
+    created: str
+    """UTC, ISO 8601."""
+    plan: Plan | None
+    """Null for a user's own loop."""
+    environment: Environment
+    measurements: list[Measurement]
+    wall_s: float | None = None
+    notes: tuple[Note, ...] = ()

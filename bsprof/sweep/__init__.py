@@ -1,0 +1,1 @@
+"""Order, budget, journal and resume; the process a case runs in."""

@@ -1,0 +1,1 @@
+"""Models and data sets, one file each, found by registration."""
