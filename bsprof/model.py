@@ -165,6 +165,8 @@ class Block(Noun, frozen=True, kw_only=True):
     kind: Literal["instrumented", "bare"]
     steps: int
     wall_ns: int
+    device_wall_ns: int | None = None
+    """The same by one pair of device events around the block, or null on a machine with one clock."""
 
 
 class Counters(Noun, frozen=True, kw_only=True):
@@ -244,7 +246,7 @@ class Facts(Noun, frozen=True, kw_only=True):
 
     device: str
     threads: int
-    parameters: int
+    parameters: int | None = None
     image_size: int | None = None
     samples_in_dataset: int | None = None
     classes: int | None = None
@@ -264,6 +266,21 @@ class Measurement(Noun, frozen=True, kw_only=True):
     startup: Startup | None = None
     samples: Samples | None = None
     notes: tuple[Note, ...] = ()
+
+
+class Check(Noun, frozen=True, kw_only=True):
+    """One delay planted in one phase: what was put in, what came back there, and what leaked elsewhere."""
+
+    phase: str
+    planted_ns: int
+    found_ns: int
+    leaked_ns: int
+    """The largest change of any other phase, signed."""
+    leaked_into: str
+    residual_ns: int
+    """Per step: the block's own wall time less the phases."""
+    tolerance_ns: int
+    passed: bool
 
 
 # --- on what ----------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""The command line: one thin function a command, everything heavier imported when it is needed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bsprof.errors import BsprofError, Exit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bsprof.model import Environment, Plan, Result
+
+VERSION = "0.1.0"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with a code of `bsprof.errors.Exit`: the only place where errors become codes."""
+    code: int = Exit.DONE
+    try:
+        with _terminated_as_interrupted():
+            code = commands.main(arguments, prog_name="bsprof", standalone_mode=False) or Exit.DONE
+    except BsprofError as error:
+        _complain(error.message, error.hint)
+        code = error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"see `{context.command_path} --help`" if context else None
+        _complain(" ".join(error.format_message().split()), hint)
+        code = Exit.USAGE
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted", None)
+        code = Exit.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `bsprof show … | head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _complain(message: str, hint: str | None) -> None:
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C, so that what was measured is saved."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class SweepCommand(click.Command):
+    """A command with one flag for each axis, read off the nouns when the command is really used."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the command's own options behind those of the axes."""
+        from bsprof.model import AXES
+
+        axes = [
+            click.Option(
+                [flag_of(name)], metavar="V[,V…]", help=f"{axis.info.help}.", type=str, default=None, expose_value=True
+            )
+            for name, axis in AXES.items()
+        ]
+        return [*axes, *super().get_params(ctx)]
+
+
+def flag_of(axis: str) -> str:
+    """Return the flag of an axis: `--batch-size` for `batch_size`."""
+    return "--" + axis.replace("_", "-")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="bsprof")
+def commands() -> None:
+    """Where a PyTorch training step's time goes, in numbers that can be trusted."""
+
+
+@commands.command(cls=SweepCommand)
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Sweep a plan.toml, or repeat a result.json.")
+@click.option("--quick", is_flag=True, help="A smaller sweep, about 30 s.")
+@click.option("--dry-run", is_flag=True, help="List the cases and the expected time, measure nothing.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Finish the sweep of this result file.")
+@click.option("-o", "--output", metavar="FILE", help="Result file, .json or .json.gz; - writes JSON to stdout.")
+@click.option("--data-root", help="Folder that holds the data set.")
+@click.option("--download", is_flag=True, default=None, help="Download the data set where torchvision can.")
+@click.option("--precision", type=float, help="Stop a case at this relative half-width of its interval. [0.02]")
+@click.option("--max-case-time", type=float, metavar="S", help="Stop a case after this time, warm-up included.")
+@click.option("--deadline", type=float, metavar="S", help="End a case that still runs after this time. [300]")
+@click.option("--repeat", type=int, help="Processes a case; the spread between them is reported. [1]")
+@click.option("--seed", type=int, help="Of the case order, the weights and the shuffling. [0]")
+@click.option("--order", type=click.Choice(["shuffled", "listed"]), help="Order of the cases. [shuffled]")
+@click.option("--malloc", type=click.Choice(["pinned", "default"]), help="Keep freed host memory while measuring. [pinned]")
+@click.option("--host-memory", metavar="SIZE", help="Private memory that a case's process may have, as 4GiB.")
+def bench(
+    plan_file: Path | None, quick: bool, dry_run: bool, resume: Path | None, output: str | None, **flags: Any
+) -> int:
+    """Measure where a training step's time goes, across batch size, workers and any other axis.
+
+    Every axis takes a list, and all combinations are measured, each in a process of its own. Without arguments:
+    MobileNetV2 on generated JPEG files, with batch sizes and workers that fit this machine.
+    """
+    from bsprof.sweep import bench as benching
+
+    request = benching.Request(plan_file=plan_file, quick=quick, resume=resume, output=output, flags=flags)
+    return benching.run(request, dry_run=dry_run, version=VERSION)
+
+
+@commands.command()
+@click.argument("result", type=click.Path(path_type=Path))
+def show(result: Path) -> None:
+    """Print the table of a saved RESULT again."""
+    from bsprof import store
+    from bsprof.report import terminal
+
+    terminal.render(store.load(result), terminal.console())
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def env(as_json: bool) -> None:
+    """Print the machine and the software that numbers depend on."""
+    from bsprof.sweep.runner import describe_environment
+
+    environment = describe_environment(str(Path.cwd()))
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(environment)).decode())
+        return
+    from bsprof.report import terminal
+
+    terminal.render_environment(environment, terminal.console())
+
+
+@commands.command()
+def workloads() -> None:
+    """List the models and data sets that have a name."""
+    from bsprof.report import terminal
+    from bsprof.sweep.runner import catalogue
+
+    terminal.render_catalogue(catalogue(), terminal.console())
+
+
+@commands.command()
+def selftest() -> int:
+    """Plant known delays in each phase and check that they come back where they were put."""
+    from bsprof.report import terminal
+    from bsprof.sweep.runner import check_clocks
+
+    checks = check_clocks()
+    terminal.render_selftest(checks, terminal.console())
+    return Exit.DONE if all(check.passed for check in checks) else Exit.VERDICT
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""One case, from nothing to raw samples: build, start, warm up, measure, price an epoch's end."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+
+from bsprof import stats
+from bsprof.measure import malloc
+from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device
+from bsprof.measure.counters import CounterWindow
+from bsprof.measure.failures import classify
+from bsprof.measure.loop import Training, run_block, running_phase
+from bsprof.measure.tape import Tape, cost_per_step_ns
+from bsprof.model import (
+    Block,
+    Case,
+    Counters,
+    Facts,
+    Measurement,
+    Note,
+    Outcome,
+    Plan,
+    Samples,
+    Settings,
+    Startup,
+)
+from bsprof.workloads.loading import build_loader
+from bsprof.workloads.registry import Data, DataRequest, build_data, build_model
+
+Emit = Callable[[str, int, float | None], None]
+"""Tells the parent: stage, instrumented steps so far, precision so far."""
+
+WARMUP_SHARE = 0.3
+"""Warm-up may take this share of `max_case_time_s`."""
+STEADY_WINDOW = 20
+"""Steps in each of the two windows that must agree; fewer where so many do not fit into the warm-up's share."""
+SMALLEST_WINDOW = 4
+BLOCK_SHARE = 1 / 50
+"""A block lasts about this share of the time left to measure, so that there are some 25 pairs of blocks."""
+LARGEST_BLOCK = 1000
+"""Steps."""
+LEAD_IN = 3
+"""Steps that fill an accelerator's queue again after the last synchronisation of the warm-up."""
+EPOCHS_PRICED = 2
+
+
+def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
+    """Return what a data set needs to know of `settings` and `plan`; `cache` is where generated data lies."""
+    return DataRequest(
+        image_size=settings.image_size,
+        root=Path(plan.data_root) if plan.data_root else None,
+        download=plan.download,
+        seed=plan.seed,
+        cache=cache,
+    )
+
+
+def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit) -> Measurement:
+    """Measure `case` in this process and return what came of it; a failure is an outcome, never an exception.
+
+    `requested_ns` is the parent's reading of the host clock when it asked for this process. The parent adds `wall_s`.
+    """
+    run = CaseRun(case, plan, cache, emit)
+    entered_ns = host_clock()
+    outcome = Outcome(kind="ok")
+    try:
+        run.go(requested_ns, entered_ns)
+    except Exception as error:
+        outcome = classify(error, running_phase(run.stages, error) or run.stage)
+    startup = msgspec.structs.replace(run.startup, process_ns=entered_ns - requested_ns)
+    return Measurement(
+        case=case,
+        outcome=outcome,
+        wall_s=0.0,
+        inside_s=(host_clock() - entered_ns) / 1e9,
+        facts=run.facts,
+        startup=startup,
+        samples=run.samples(),
+        notes=tuple(run.notes),
+    )
+
+
+class CaseRun:
+    """The state of one case while it is measured. What is known survives a failure in a later stage."""
+
+    def __init__(self, case: Case, plan: Plan, cache: Path, emit: Emit) -> None:
+        assert case.settings is not None
+        self.settings, self.plan, self.cache, self.emit = case.settings, plan, cache, emit
+        self.seed = plan.seed + case.process
+        self.stage = "build"
+        self.facts: Facts | None = None
+        self.startup = Startup()
+        self.notes: list[Note] = []
+        self._training: Training | None = None
+        self._data: Data | None = None
+        self._device = present_device()
+        self._device_clock: DeviceClock | None = device_clock(self._device)
+        self._tape = Tape(device_clock=self._device_clock)
+        self._blocks: list[Block] = []
+        self._block_bounds: list[tuple[int, int]] = []
+        self._warmup_ns: list[int] = []
+        self._steady = True
+        self._step_ns: list[int] = []
+        self._epoch_marks: list[int] = []
+        self._counters: Counters | None = None
+        self._marking = False
+
+    @property
+    def stages(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        """The stages of the step, once they are built."""
+        return self._training.stages if self._training else ()
+
+    @property
+    def training(self) -> Training:
+        """The built training step."""
+        assert self._training is not None
+        return self._training
+
+    def go(self, requested_ns: int, entered_ns: int) -> None:
+        """Run all stages. The case's time counts from `entered_ns`."""
+        end_ns = entered_ns + round(self.plan.stop.max_case_time_s * 1e9)
+        if self.plan.host_memory_bytes is not None:
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (self.plan.host_memory_bytes, hard))
+        with self._stage("build"):
+            self._build()
+        try:
+            with self._stage("warmup"):
+                self._start()
+                self._warm_up(host_clock() + round((end_ns - host_clock()) * WARMUP_SHARE))
+            with self._stage("measure"):
+                self._measure(end_ns)
+        finally:
+            self.training.stop()
+        with self._stage("epoch"):
+            self._price_epochs()
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.stage = name
+        self.emit(name, len(self._step_ns), None)
+        yield
+
+    def _build(self) -> None:
+        settings = self.settings
+        start = host_clock()
+        malloc_state = malloc.pin() if self.plan.malloc == "pinned" else "default"
+        torch.set_num_threads(settings.threads or self._usable_threads())
+        if settings.cudnn_benchmark is not None:
+            torch.backends.cudnn.benchmark = settings.cudnn_benchmark
+        if settings.cudnn_deterministic is not None:
+            torch.backends.cudnn.deterministic = settings.cudnn_deterministic
+        torch.manual_seed(self.seed)
+        data = build_data(settings.data, data_request(settings, self.plan, self.cache))
+        model = build_model(settings.model, classes=data.classes, shape=data.shape, seed=self.seed)
+        model = model.to(self._device)
+        if settings.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.train()
+        loader = build_loader(data, settings, seed=self.seed)
+        self._training = Training(model, loader, _optimizer(settings, model), settings, self._device)
+        self._training.on_epoch_end = self._epoch_ended
+        self._data = data
+        samples = len(data.dataset) if hasattr(data.dataset, "__len__") else None
+        self.facts = Facts(
+            device=str(self._device),
+            threads=torch.get_num_threads(),
+            parameters=sum(p.numel() for p in model.parameters()),
+            image_size=data.shape.height if data.shape.height == data.shape.width else None,
+            samples_in_dataset=samples,
+            classes=data.classes,
+            malloc=malloc_state,
+        )
+        self.startup = msgspec.structs.replace(self.startup, build_ns=host_clock() - start)
+        if samples is not None and samples < settings.batch_size:
+            self._note("small_dataset", f"a batch of {settings.batch_size} repeats the {samples} samples there are")
+
+    def _start(self) -> None:
+        """Start the workers and take the first, cold step apart: its batch, then the whole of it."""
+        before = host_clock()
+        self.training.start()
+        started = host_clock()
+        (_, fetch), *rest = self.training.stages
+        fetch()
+        fetched = host_clock()
+        for _, run in rest:
+            run()
+        self._settle()
+        self._warmup_ns.append(host_clock() - started)
+        self.startup = msgspec.structs.replace(
+            self.startup, iterator_ns=started - before, first_batch_ns=fetched - started
+        )
+
+    def _warm_up(self, end_ns: int) -> None:
+        """Step until the step time is steady, or until `end_ns`.
+
+        At least `workers * prefetch + 1` steps: so many batches were prepared before the first one was used.
+        """
+        least = self.settings.workers * (self.settings.prefetch or 0) + 1
+        scratch = Tape(device_clock=self._device_clock and device_clock(self._device))
+        while True:
+            start = host_clock()
+            run_block(self.training.stages, 1, scratch)
+            self._settle()
+            now = host_clock()
+            self._warmup_ns.append(now - start)
+            recent = sorted(self._warmup_ns[-5:])[len(self._warmup_ns[-5:]) // 2]
+            fits = max(0, end_ns - now) // max(1, recent) + len(self._warmup_ns)
+            window = min(STEADY_WINDOW, max(SMALLEST_WINDOW, fits // 3))
+            if len(self._warmup_ns) >= least and stats.is_steady(self._warmup_ns, window=window):
+                break
+            if now > end_ns and len(self._warmup_ns) >= least:
+                self._steady = False
+                self._note("no_steady_state", f"{len(self._warmup_ns)} warm-up steps and still not steady")
+                break
+        if self._device.type != "cpu":
+            run_block(self.training.stages, LEAD_IN, None)
+
+    def _measure(self, end_ns: int) -> None:
+        """Alternate blocks with and without marks, the order swapped from pair to pair, until precise or late."""
+        stop = self.plan.stop
+        size = self._block_size(end_ns)
+        window = CounterWindow()
+        pair = 0
+        while True:
+            for kind in ("instrumented", "bare") if pair % 2 == 0 else ("bare", "instrumented"):
+                self._run_block(kind, size)
+            pair += 1
+            precision = stats.median(self._step_ns).precision
+            self.emit("measure", len(self._step_ns), precision)
+            steps = len(self._step_ns)
+            precise = precision is not None and precision <= stop.precision and steps >= stop.min_steps and pair >= 2
+            if precise or steps >= stop.max_steps:
+                break
+            if host_clock() > end_ns:
+                reached = "no interval" if precision is None else f"±{precision:.1%}"
+                self._note("precision_not_reached", f"{reached} after {steps} steps; asked for ±{stop.precision:.1%}")
+                break
+        window.close()
+        self._counters = window.counters()
+        self.notes.extend(window.notes())
+        loss = self.training.loss()
+        if loss is not None and not math.isfinite(loss):
+            self._note("loss_not_finite", f"the loss was {loss} at the end")
+
+    def _run_block(self, kind: str, size: int) -> None:
+        first = len(self._tape)
+        if kind == "instrumented":
+            self._marking = True
+            block = run_block(self.training.stages, size, self._tape)
+            self._marking = False
+            self._step_ns.extend(self._tape.host_steps(first + 1).step_ns)
+        else:
+            if self._device_clock is not None:
+                self._tape.begin()
+            block = run_block(self.training.stages, size, None)
+            if self._device_clock is not None:
+                self._tape.begin()
+        self._blocks.append(block)
+        self._block_bounds.append((first, len(self._tape) - 1))
+
+    def _block_size(self, end_ns: int) -> int:
+        """Return steps a block: a small share of the time left, whole rounds of the workers where they fit."""
+        recent = sorted(self._warmup_ns[-SMALLEST_WINDOW:])
+        step_ns = max(1, recent[len(recent) // 2])
+        size = round((end_ns - host_clock()) * BLOCK_SHARE / step_ns)
+        size = min(LARGEST_BLOCK, max(1, size), max(1, self.plan.stop.max_steps // 4))
+        workers = max(1, self.settings.workers)
+        whole_rounds = -(-size // workers) * workers
+        return whole_rounds if whole_rounds <= 2 * size else size
+
+    def _price_epochs(self) -> None:
+        """Measure what an epoch's end costs, away from the steady window, on epochs of two batches a worker."""
+        assert self._data is not None
+        if isinstance(self._data.dataset, torch.utils.data.IterableDataset):
+            return
+        batches = 2 * max(1, self.settings.workers)
+        length = batches * self.settings.batch_size
+        loader = build_loader(self._data, self.settings, seed=self.seed, endless=False, length=length)
+        ends: list[int] = []
+        starts: list[int] = []
+        for epoch in range(EPOCHS_PRICED + 1):
+            before = host_clock()
+            iterator = iter(loader)
+            next(iterator)
+            if epoch:
+                starts.append(host_clock() - before)
+            left = batches - 1
+            while left:
+                next(iterator)
+                left -= 1
+            before = host_clock()
+            exhausted = next(iterator, None) is None
+            if epoch < EPOCHS_PRICED and exhausted:
+                ends.append(host_clock() - before)
+        self.startup = msgspec.structs.replace(self.startup, epoch_end_ns=ends, epoch_start_ns=starts)
+
+    def samples(self) -> Samples | None:
+        """Return what was sampled, or None when no instrumented block was finished."""
+        if not self._step_ns:
+            return None
+        host = self._tape.host_steps()
+        device = self._tape.device_steps()
+        complete = len(self._step_ns)
+        blocks = [
+            msgspec.structs.replace(block, device_wall_ns=self._tape.device_span_ns(*bounds))
+            for block, bounds in zip(self._blocks, self._block_bounds, strict=True)
+        ]
+        return Samples(
+            batch_size=self.settings.batch_size,
+            step_ns=host.step_ns[:complete],
+            host_ns={phase: times[:complete] for phase, times in host.phase_ns.items()},
+            device_step_ns=device and device.step_ns[:complete],
+            device_ns=device and {phase: times[:complete] for phase, times in device.phase_ns.items()},
+            blocks=blocks,
+            epoch_boundaries=[self._tape.step_at(mark) for mark in self._epoch_marks],
+            warmup_ns=self._warmup_ns,
+            steady=self._steady,
+            recorder_ns_per_step=cost_per_step_ns(host.phase_ns, device_clock=device and device_clock(self._device)),
+            counters=self._counters,
+            final_loss=self.training.loss(),
+        )
+
+    def _epoch_ended(self) -> None:
+        if self._marking:
+            self._epoch_marks.append(len(self._tape))
+
+    def _settle(self) -> None:
+        """Wait for the device, in the warm-up only: a cold step's whole cost is what is asked there."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def _usable_threads(self) -> int:
+        from bsprof.measure.environment import usable_cores
+
+        return usable_cores()
+
+    def _note(self, code: str, text: str) -> None:
+        self.notes.append(Note(code=code, text=text))
+
+
+def _optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    match settings.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=1e-3)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def throttled(emit: Emit, *, every_s: float = 0.5) -> Emit:
+    """Return an `emit` that passes on a change of stage at once and anything else at most every `every_s`."""
+    last: tuple[str, float] = ("", 0.0)
+
+    def passing(stage: str, steps: int, precision: float | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if stage != last[0] or now - last[1] >= every_s:
+            last = (stage, now)
+            emit(stage, steps, precision)
+
+    return passing

@@ -1,0 +1,237 @@
+"""`bsprof bench`: from flags to a saved result."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from bsprof import store
+from bsprof.compare import environment_differences
+from bsprof.errors import BsprofError, Exit
+from bsprof.model import AXES, Environment, Measurement, Note, Plan, Result
+from bsprof.report import terminal
+from bsprof.report.progress import Progress
+from bsprof.sweep.plan import Expansion, expand, expected_s, make_plan, parse_values
+from bsprof.sweep.runner import ProcessExecutor, Swept, describe_environment, prepare, sweep
+
+RESERVE_BYTES_PER_CASE = 200_000
+"""Room that a case's samples may take on disk; reserved before measuring, so that a full disk is known then."""
+
+
+class Request(NamedTuple):
+    """What the command line asks for; `flags` by parameter name, None where not given."""
+
+    plan_file: Path | None
+    quick: bool
+    resume: Path | None
+    output: str | None
+    flags: Mapping[str, Any]
+
+
+def run(request: Request, *, dry_run: bool, version: str) -> int:
+    """Do what `request` asks and return the exit code."""
+    started = time.monotonic()
+    notices = terminal.console(stderr=True)
+    axes = {
+        name: parse_values(axis, request.flags[name], "--" + name.replace("_", "-"))
+        for name, axis in AXES.items()
+        if request.flags.get(name) is not None
+    }
+    past = _Past.read(request.resume) if request.resume else None
+    from_file = store.read_plan(request.plan_file) if request.plan_file else None
+    if from_file and axes:
+        flag = "--" + next(iter(axes)).replace("_", "-")
+        raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
+    with notices.status("starting") if notices.is_terminal else contextlib.nullcontext():
+        environment = describe_environment(str(Path.cwd()))
+    plan = _plan(request, axes, from_file, past, environment)
+    expansion = expand(plan, environment)
+    for note in expansion.notes:
+        notices.print(f"note: {note.text}", highlight=False)
+    if dry_run:
+        terminal.render_cases(expansion.cases, expansion.varying, expected_s(plan, len(expansion.cases)), terminal.console())
+        return Exit.DONE
+    with notices.status("preparing the data") if notices.is_terminal else contextlib.nullcontext():
+        prepare([case.settings for case in expansion.cases if case.settings], plan)
+    return _measure(request, plan, environment, expansion, past, started)
+
+
+def _measure(
+    request: Request, plan: Plan, environment: Environment, expansion: Expansion, past: _Past | None, started: float
+) -> int:
+    created = past.created if past else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    header = store.JournalHeader(created=created, plan=plan, environment=environment)
+    target = past.target if past else _target(request.output)
+    journal = past.reopen(header, len(expansion.cases)) if past else _open_journal(target, header, request, len(expansion.cases))
+    notices = terminal.console(stderr=True)
+    with journal:
+        with Progress(notices, expansion.cases, expansion.varying, expected_s(plan, len(expansion.cases))) as progress:
+            done = past.measurements if past else []
+            swept = sweep(expansion.cases, plan, ProcessExecutor(), journal, progress, done)
+        result = Result(
+            created=created,
+            plan=plan,
+            environment=environment,
+            measurements=swept.measurements,
+            wall_s=time.monotonic() - started,
+            notes=tuple(expansion.notes),
+        )
+        to_stdout = request.output == "-"
+        terminal.render(result, terminal.console(stderr=to_stdout))
+        if swept.failure:
+            raise swept.failure
+        if to_stdout:
+            sys.stdout.buffer.write(store.encode(result) + b"\n")
+            sys.stdout.buffer.flush()
+        else:
+            store.save(result, target)
+            notices.print(f"saved {target}", highlight=False, soft_wrap=True)
+        journal.discard()
+    return _exit_code(swept, target, notices)
+
+
+def _exit_code(swept: Swept, target: Path, notices: Any) -> int:
+    if swept.interrupted:
+        left = sum(m.outcome.kind in ("interrupted", "skipped") for m in swept.measurements)
+        notices.print(f"interrupted: {left} cases are left; bsprof bench --resume {target} measures them")
+        return Exit.INTERRUPTED
+    if not any(m.outcome.kind == "ok" for m in swept.measurements):
+        return Exit.USAGE
+    return Exit.DONE
+
+
+def _plan(
+    request: Request,
+    axes: Mapping[str, tuple[Any, ...]],
+    from_file: Plan | None,
+    past: _Past | None,
+    environment: Environment,
+) -> Plan:
+    """Return the plan: of the flags, of a file with the flags that are no axes on top, or of the sweep to resume."""
+    stop, rest = _plan_flags(request.flags)
+    if past:
+        _refuse_other_machine(past, environment)
+        if not (axes or from_file or stop or rest or request.quick):
+            return past.plan
+    if from_file:
+        plan = _converted({**msgspec.to_builtins(from_file), **rest, "stop": {**msgspec.to_builtins(from_file.stop), **stop}})
+    else:
+        plan = make_plan(axes, environment, quick=request.quick, stop=stop, **rest)
+    if past and plan != past.plan:
+        raise BsprofError(
+            f"--resume {past.path}: these flags make another plan than the one being resumed",
+            hint="leave them out: the plan is in the file",
+        )
+    return plan
+
+
+def _converted(fields: Mapping[str, Any]) -> Plan:
+    try:
+        return msgspec.convert(fields, Plan)
+    except msgspec.ValidationError as error:
+        raise BsprofError(str(error), hint="see `bsprof bench --help`") from error
+
+
+_STOP_FLAGS = ("precision", "max_case_time")
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the given flags as fields of Stop and of Plan."""
+    stop = {
+        field: flags[flag]
+        for flag, field in (("precision", "precision"), ("max_case_time", "max_case_time_s"))
+        if flags[flag] is not None
+    }
+    plan = {
+        field: flags[flag]
+        for flag, field in (("deadline", "deadline_s"),)
+        if flags[flag] is not None
+    }
+    plan |= {name: flags[name] for name in ("repeat", "seed", "order", "malloc", "download") if flags[name] is not None}
+    if flags["data_root"] is not None:
+        plan["data_root"] = str(Path(flags["data_root"]).resolve())
+    if flags["host_memory"] is not None:
+        plan["host_memory_bytes"] = _bytes(flags["host_memory"])
+    return stop, plan
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", size.strip().lower())
+    if not match:
+        raise BsprofError(f"--host-memory: {size!r} is no size", hint="for example --host-memory 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _target(output: str | None) -> Path:
+    if output and output != "-":
+        path = Path(output)
+        if not path.name.endswith((".json", ".json.gz")):
+            raise BsprofError(f"--output {output}: expected .json or .json.gz", hint="or - for standard output")
+        return path
+    return Path(f"bsprof-{socket.gethostname()}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json")
+
+
+def _journal_path(target: Path) -> Path:
+    return target.with_name(target.name + ".journal")
+
+
+def _open_journal(target: Path, header: store.JournalHeader, request: Request, cases: int) -> store.Journal:
+    """Create the journal beside `target`, and so learn before measuring whether the result can be written there."""
+    if target.is_dir():
+        raise BsprofError(f"--output {target}: is a directory", hint="name a file in it")
+    return store.Journal.create(_journal_path(target), header, reserve_bytes=cases * RESERVE_BYTES_PER_CASE)
+
+
+class _Past(NamedTuple):
+    """What a sweep that ended early has left: a journal after a crash, a result after Ctrl-C."""
+
+    path: Path
+    target: Path
+    created: str
+    plan: Plan
+    environment: Environment
+    measurements: list[Measurement]
+    journal: store.Journal | None
+
+    @classmethod
+    def read(cls, path: Path) -> _Past:
+        """Read what lies at `path`, or in the journal beside it."""
+        target = path.with_name(path.name.removesuffix(".journal"))
+        if _journal_path(target).exists():
+            journal = store.Journal.resume(_journal_path(target))
+            header = journal.header
+            return cls(path, target, header.created, header.plan, header.environment, journal.measurements, journal)
+        result = store.load(target)
+        if result.plan is None:
+            raise BsprofError(f"--resume {path}: holds no plan", hint="only the results of `bsprof bench` can be resumed")
+        return cls(path, target, result.created, result.plan, result.environment, result.measurements, None)
+
+    def reopen(self, header: store.JournalHeader, cases: int) -> store.Journal:
+        """Return the journal to go on with; a result that was saved becomes a journal again."""
+        if self.journal:
+            return self.journal
+        journal = store.Journal.create(
+            _journal_path(self.target), header, reserve_bytes=cases * RESERVE_BYTES_PER_CASE
+        )
+        for measurement in self.measurements:
+            journal.append(measurement)
+        return journal
+
+
+def _refuse_other_machine(past: _Past, environment: Environment) -> None:
+    differences = environment_differences(past.environment, environment)
+    if differences:
+        raise BsprofError(
+            f"--resume {past.path}: was measured elsewhere: {'; '.join(differences)}",
+            hint="measure anew, or resume where it was measured",
+        )

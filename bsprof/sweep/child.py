@@ -1,0 +1,71 @@
+"""What runs inside a child process: the only door from the sweep to torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from bsprof.measure import case as measuring
+from bsprof.measure import environment, selftest
+from bsprof.model import Case, Plan, Settings
+from bsprof.workloads import registry
+
+Emit = Callable[[str, int, float | None], None]
+
+
+class CaseRequest(msgspec.Struct):
+    """A case, and what of the plan holds for it."""
+
+    case: Case
+    plan: Plan
+
+
+class PrepareRequest(msgspec.Struct):
+    """All settings of a sweep, before any of them is measured."""
+
+    settings: list[Settings]
+    plan: Plan
+
+
+def cache_dir() -> Path:
+    """Return the folder for generated and downloaded data."""
+    return platformdirs.user_cache_path("bsprof")
+
+
+def describe(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Return the Environment as seen from the directory that `payload` names."""
+    return msgspec.json.encode(environment.collect(Path(msgspec.json.decode(payload, type=str))))
+
+
+def prepare(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Check every name and make every data set of a PrepareRequest, so that no case meets a surprise."""
+    request = msgspec.json.decode(payload, type=PrepareRequest)
+    for model, data in dict.fromkeys((s.model, s.data) for s in request.settings):
+        registry.check_names(model, data)
+    by_data = {(s.data, s.image_size): s for s in request.settings}
+    for settings in by_data.values():
+        emit(f"preparing {settings.data}", 0, None)
+        registry.prepare_data(settings.data, measuring.data_request(settings, request.plan, cache_dir()))
+    return b"null"
+
+
+def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Measure the case of a CaseRequest."""
+    request = msgspec.json.decode(payload, type=CaseRequest)
+    emit = measuring.throttled(emit)
+    return msgspec.json.encode(
+        measuring.measure(request.case, request.plan, cache=cache_dir(), requested_ns=requested_ns, emit=emit)
+    )
+
+
+def catalogue(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Return the workloads as (kind, name, summary) rows."""
+    return msgspec.json.encode([(entry.kind, entry.name, entry.summary) for entry in registry.catalogue()])
+
+
+def check_clocks(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Run the self-test."""
+    return msgspec.json.encode(selftest.run(emit))

@@ -1,0 +1,208 @@
+"""From what the user asked to the cases that mean something on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import msgspec
+
+from bsprof.errors import BsprofError
+from bsprof.model import AXES, Axes, Axis, Case, Environment, Note, Plan, Settings, Stop, case_key
+
+FULL_BUDGET_S = 115.0
+QUICK_BUDGET_S = 24.0
+"""Time that the cases of a default plan share. With starting up it is about 2 minutes, or 30 s."""
+CASE_TIME_RANGE_S = (5.0, 20.0)
+"""A case given less cannot warm up; one given more rarely gains."""
+
+
+class Expansion(NamedTuple):
+    """The cases of a plan in the order they are measured, the axes that vary among them, and what was collapsed."""
+
+    cases: list[Case]
+    varying: tuple[str, ...]
+    notes: list[Note]
+
+
+def expand(plan: Plan, environment: Environment) -> Expansion:
+    """Return every case of `plan` that differs from the others on the machine of `environment`.
+
+    An axis that means nothing there is set to null and the cases that become equal are measured once, which a note
+    says. Raises BsprofError for values that bsprof cannot measure.
+    """
+    requested: list[Settings] = []
+    for block in plan.blocks or (Axes(),):
+        values = {**_given(plan.axes), **_given(block)}
+        axes = [values.get(name, (axis.default,)) for name, axis in AXES.items()]
+        for name, given in values.items():
+            if not given:
+                raise BsprofError(f"$.axes.{name}: no values", hint="give at least one, or leave the axis out")
+        requested.extend(Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*axes))
+    if any(settings.world_size > 1 for settings in requested):
+        raise BsprofError("world_size: more than 1 is not yet supported", hint="leave --world-size out, or give 1")
+    meaningful = {case_key(collapsed): collapsed for s in requested for collapsed in (collapse(s, environment),)}
+    cases = [
+        Case(key=key, settings=settings, process=process)
+        for process in range(plan.repeat)
+        for key, settings in _ordered(meaningful, plan, process)
+    ]
+    return Expansion(cases, varying_axes(meaningful.values()), _collapse_notes(requested, environment))
+
+
+def collapse(settings: Settings, environment: Environment) -> Settings:
+    """Return `settings` with null for each axis that means nothing, here or beside the other values."""
+    has = {
+        "accelerator": bool(environment.accelerators),
+        "cuda": any(device.kind == "cuda" for device in environment.accelerators),
+        "workers": settings.workers > 0,
+        None: True,
+    }
+    return msgspec.structs.replace(settings, **{name: None for name, axis in AXES.items() if not has[axis.info.needs]})
+
+
+def varying_axes(all_settings: Iterable[Settings]) -> tuple[str, ...]:
+    """Return the axes that take more than one value, nulls beside a value not counted, in table order."""
+    seen: dict[str, set[Any]] = {name: set() for name in AXES}
+    for settings in all_settings:
+        for name in AXES:
+            if (value := getattr(settings, name)) is not None:
+                seen[name].add(value)
+    return tuple(name for name, values in seen.items() if len(values) > 1)
+
+
+def default_axes(environment: Environment, *, quick: bool) -> dict[str, tuple[Any, ...]]:
+    """Return the sweep that fits the machine: batch sizes by its memory, workers up to its usable cores.
+
+    Without an accelerator the images are small, so that a step takes a fraction of a second and can be repeated.
+    """
+    axes: dict[str, tuple[Any, ...]] = {}
+    cores = environment.cores_usable
+    memory = min((device.memory_bytes or 0 for device in environment.accelerators), default=0)
+    if environment.accelerators:
+        axes["batch_size"] = (64, 128, 256) if memory >= 16 * 2**30 else (16, 32, 64)
+    else:
+        axes["batch_size"] = (8, 16, 32) if cores < 16 else (16, 32, 64)
+        axes["image_size"] = (64,) if cores < 16 else (128,)
+    workers = {0, 1, cores} if cores <= 2 else {0, cores // 4, cores // 2, cores}
+    axes["workers"] = tuple(sorted(workers))
+    if quick:
+        axes["batch_size"] = axes["batch_size"][-1:]
+        axes["workers"] = (0, max(workers))
+    return axes
+
+
+def case_time_s(cases: int, *, quick: bool) -> float:
+    """Return the time each of `cases` may take when the user names none."""
+    low, high = CASE_TIME_RANGE_S
+    return min(high, max(low, (QUICK_BUDGET_S if quick else FULL_BUDGET_S) / max(1, cases)))
+
+
+def make_plan(
+    axes: Mapping[str, tuple[Any, ...]], environment: Environment, *, quick: bool, stop: Mapping[str, Any], **rest: Any
+) -> Plan:
+    """Return the plan of a command line: the user's `axes`, the defaults where they name none."""
+    defaults = default_axes(environment, quick=quick)
+    if "data" in axes and "image_size" not in axes:
+        defaults.pop("image_size", None)
+    try:
+        plan = msgspec.convert({"axes": {**defaults, **axes}, "stop": stop, **rest}, Plan)
+    except msgspec.ValidationError as error:
+        raise BsprofError(str(error), hint="see `bsprof bench --help`") from error
+    if "max_case_time_s" not in stop:
+        share = case_time_s(len(expand(plan, environment).cases), quick=quick)
+        plan = msgspec.structs.replace(plan, stop=msgspec.structs.replace(plan.stop, max_case_time_s=round(share, 1)))
+    return plan
+
+
+def expected_s(plan: Plan, cases: int) -> float:
+    """Return the most that a sweep should take: every case to its time's end, with half a second to start each."""
+    return cases * (plan.stop.max_case_time_s + 0.5)
+
+
+def parse_values(axis: Axis, text: str, flag: str) -> tuple[Any, ...]:
+    """Return the values of a comma-separated list on the command line, or raise BsprofError naming `flag`."""
+    return tuple(_parse_value(axis, word.strip(), flag) for word in _split(axis, text))
+
+
+def _split(axis: Axis, text: str) -> list[str]:
+    # jpeg:500x375,n=64 is one data set: a part that reads key=value belongs to the part before it.
+    parts: list[str] = []
+    for part in text.split(","):
+        if axis.name == "data" and parts and "=" in part:
+            parts[-1] += "," + part
+        else:
+            parts.append(part)
+    return parts
+
+
+_SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+
+
+def _parse_value(axis: Axis, word: str, flag: str) -> Any:
+    if not word:
+        raise BsprofError(f"{flag}: an empty value", hint=f"for example {flag} {_example(axis)}")
+    if axis.nullable and word.lower() in ("auto", "none"):
+        return None
+    if get_origin(axis.type) is Literal:
+        choices = get_args(axis.type)
+        if word not in choices:
+            raise BsprofError(f"{flag}: {word!r} is none of {', '.join(choices)}", hint=f"for example {_example(axis)}")
+        return word
+    if axis.type is bool:
+        if word.lower() not in _SWITCH:
+            raise BsprofError(f"{flag}: {word!r} is neither on nor off", hint=f"for example {flag} on,off")
+        return _SWITCH[word.lower()]
+    if axis.type is int:
+        try:
+            value = int(word)
+            msgspec.convert({axis.name: value}, Settings)
+        except ValueError as error:
+            limit = f" ({str(error).split(' - at')[0].lower().replace('`', '')})" if word.lstrip("-").isdigit() else ""
+            raise BsprofError(
+                f"{flag}: expected a whole number, got {word!r}{limit}", hint=f"for example {flag} {_example(axis)}"
+            ) from error
+        return value
+    return word
+
+
+def _example(axis: Axis) -> str:
+    if get_origin(axis.type) is Literal:
+        return ",".join(get_args(axis.type)[:2])
+    return {bool: "on,off", int: "1,2,4"}.get(axis.type, str(axis.default))
+
+
+def _given(axes: Any) -> dict[str, tuple[Any, ...]]:
+    return {name: value for name in AXES if (value := getattr(axes, name)) is not msgspec.UNSET}
+
+
+def _ordered(meaningful: Mapping[str, Settings], plan: Plan, process: int) -> list[tuple[str, Settings]]:
+    # Shuffled, so that the machine's drift over the sweep does not look like the effect of an axis.
+    points = list(meaningful.items())
+    if plan.order == "shuffled":
+        random.Random(plan.seed * 1009 + process).shuffle(points)
+    return points
+
+
+_NEEDS = {
+    "accelerator": "without an accelerator",
+    "cuda": "without a CUDA device",
+    "workers": "with 0 workers",
+}
+
+
+def _collapse_notes(requested: list[Settings], environment: Environment) -> list[Note]:
+    notes = []
+    for name, axis in AXES.items():
+        asked = {getattr(settings, name) for settings in requested}
+        if axis.info.needs is None or asked == {axis.default}:
+            continue
+        idle = [s for s in requested if getattr(collapse(s, environment), name) is None and getattr(s, name) is not None]
+        if not idle:
+            continue
+        left = {case_key(collapse(s, environment)) for s in idle}
+        once = f": {len(idle)} cases are measured as {len(left)}" if len(left) < len(idle) else ""
+        notes.append(Note(code="axis_collapsed", text=f"{name} means nothing {_NEEDS[axis.info.needs]}{once}"))
+    return notes

@@ -1,0 +1,219 @@
+"""The process a case runs in: started from a fork server, watched, ended with all that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from bsprof.errors import BsprofError
+
+PRELOAD = ("bsprof.cli", "bsprof.sweep.child")
+"""Imported once by the fork server, so that a child has torch without waiting for it."""
+
+TICK_S = 1.0
+"""The parent wakes this often to draw; otherwise it sleeps."""
+
+STDERR_TAIL = 4000
+"""Characters of a dead child's last words that are kept."""
+
+
+class Message(msgspec.Struct, tag_field="kind", tag=str.lower):
+    """What a child says to its parent."""
+
+
+class Progressed(Message):
+    """Where the case is."""
+
+    stage: str
+    steps: int
+    precision: float | None
+
+
+class Returned(Message):
+    """The target's value, as JSON."""
+
+    value: msgspec.Raw
+
+
+class Refused(Message):
+    """The target raised a BsprofError."""
+
+    message: str
+    hint: str | None
+
+
+class Raised(Message):
+    """The target raised anything else."""
+
+    message: str
+    traceback: str
+
+
+_Messages = Progressed | Returned | Refused | Raised
+
+
+class Death(NamedTuple):
+    """A child that ended without a word."""
+
+    signal: signal.Signals | None
+    exit_code: int | None
+    timed_out: bool
+    last_words: str
+
+
+class Reply(NamedTuple):
+    """How a child ended: with a `value`, or with a `death`."""
+
+    value: bytes | None
+    death: Death | None
+    wall_s: float
+
+
+
+def call(
+    target: str,
+    payload: bytes,
+    *,
+    deadline_s: float | None = None,
+    on_progress: Callable[[Progressed | None], None] = lambda _: None,
+) -> Reply:
+    """Call `target` ('module:function' of `(payload, emit) -> bytes`) in a process of its own and wait for it.
+
+    `on_progress` is called with each message, and with None once a second. Whatever happens, the child and every
+    process that it started are gone when this returns. Raises BsprofError and RuntimeError as the target raised them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    ours, theirs = context.Pipe()
+    handle, name = tempfile.mkstemp(prefix="bsprof-", suffix=".stderr")
+    os.close(handle)
+    log = Path(name)
+    started = time.perf_counter_ns()
+    process = context.Process(target=_enter, args=(theirs, target, payload, started, name, os.getcwd()))
+    try:
+        try:
+            process.start()
+            theirs.close()
+            message = _await(process, ours, deadline_s, on_progress)
+        finally:
+            _end(process)
+            ours.close()
+        wall_s = (time.perf_counter_ns() - started) / 1e9
+        return Reply(*_understand(message, process.exitcode, log, target), wall_s)
+    finally:
+        log.unlink(missing_ok=True)
+
+
+class _TimedOut(NamedTuple):
+    pass
+
+
+def _await(
+    process: multiprocessing.process.BaseProcess,
+    pipe: Connection,
+    deadline_s: float | None,
+    on_progress: Callable[[Progressed | None], None],
+) -> _Messages | _TimedOut | None:
+    """Return the child's last message, or None when it died without one."""
+    end = None if deadline_s is None else time.monotonic() + deadline_s
+    while True:
+        timeout = TICK_S if end is None else min(TICK_S, max(0.0, end - time.monotonic()))
+        ready = wait([pipe, process.sentinel], timeout)
+        if pipe in ready:
+            try:
+                message = msgspec.json.decode(pipe.recv_bytes(), type=_Messages)
+            except (EOFError, OSError):
+                process.join(TICK_S)
+                return None
+            if not isinstance(message, Progressed):
+                return message
+            on_progress(message)
+        elif ready:
+            return None
+        else:
+            on_progress(None)
+        if end is not None and time.monotonic() >= end:
+            return _TimedOut()
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    """End the child's whole session: its workers, and whatever they started."""
+    if process.pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.exitcode is None:
+        # It may not have reached setsid yet.
+        process.kill()
+        process.join()
+
+
+def _understand(
+    message: _Messages | _TimedOut | None, exit_code: int | None, log: Path, target: str
+) -> tuple[bytes | None, Death | None]:
+    match message:
+        case Returned(value=value):
+            return bytes(value), None
+        case Refused(message=text, hint=hint):
+            raise BsprofError(text, hint=hint)
+        case Raised(message=text, traceback=trace):
+            raise RuntimeError(f"{target}: {text}\n{trace}")
+        case _:
+            last_words = log.read_text(errors="replace")[-STDERR_TAIL:].strip()
+            killed = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
+            return None, Death(killed, exit_code, isinstance(message, _TimedOut), last_words)
+
+
+# --- in the child -----------------------------------------------------------------------------------
+
+
+def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, log: str, directory: str) -> None:
+    """Run `target` in a session of its own, its output in `log`, and end when the parent does."""
+    os.setsid()
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    threading.Thread(target=_outlive_nobody, args=(pipe,), daemon=True).start()
+
+    def say(message: Message) -> None:
+        pipe.send_bytes(msgspec.json.encode(message))
+
+    def emit(stage: str, steps: int, precision: float | None) -> None:
+        say(Progressed(stage, steps, precision))
+
+    module, _, function = target.partition(":")
+    try:
+        value = getattr(importlib.import_module(module), function)(payload, requested_ns, emit)
+        say(Returned(msgspec.Raw(value)))
+    except BsprofError as error:
+        say(Refused(error.message, error.hint))
+    except Exception as error:
+        say(Raised(f"{type(error).__name__}: {error}", traceback.format_exc()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Tearing torch down takes longer than starting did, and nothing is left to save.
+    os._exit(0)
+
+
+def _outlive_nobody(pipe: Connection) -> None:
+    """Wait for the parent's end of the pipe to close, as it does even when the parent is killed; then end all."""
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv_bytes()
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,183 @@
+"""The sweep: cases one after another, each journalled before the next starts, whatever becomes of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from bsprof import cgroup
+from bsprof.errors import BsprofError
+from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
+from bsprof.sweep.process import Death, Progressed, call
+
+
+class Executor(Protocol):
+    """Measures one case. The real one starts a process; tests put a fake in its place."""
+
+    def measure(self, case: Case, plan: Plan, watcher: Watcher) -> Measurement:
+        """Return what came of `case`; KeyboardInterrupt ends it."""
+
+
+class Watcher(Protocol):
+    """Is told what happens, about once a second."""
+
+    def started(self, case: Case) -> None:
+        """A case begins."""
+
+    def advanced(self, case: Case, stage: str, steps: int, precision: float | None) -> None:
+        """A case says where it is."""
+
+    def tick(self) -> None:
+        """A second has passed."""
+
+    def finished(self, measurement: Measurement) -> None:
+        """A case has ended, one way or another."""
+
+
+class Log(Protocol):
+    """Keeps each measurement for good before it returns."""
+
+    def append(self, measurement: Measurement) -> None:
+        """Keep `measurement`."""
+
+
+class Swept(NamedTuple):
+    """All measurements in case order, whether the user stopped the sweep, and why it could not go on."""
+
+    measurements: list[Measurement]
+    interrupted: bool
+    failure: BsprofError | None
+
+
+def sweep(
+    cases: Sequence[Case], plan: Plan, executor: Executor, log: Log, watcher: Watcher, done: Sequence[Measurement] = ()
+) -> Swept:
+    """Measure every case that is not among `done`; the first Ctrl-C ends it with what there is.
+
+    A case that ran is done, however it ended; one that was interrupted or skipped is not.
+    """
+    kept = {_point(m.case): m for m in done if m.outcome.kind not in ("interrupted", "skipped")}
+    interrupted, failure = False, None
+    for case in cases:
+        if _point(case) in kept:
+            continue
+        if interrupted or failure:
+            kept[_point(case)] = Measurement(case=case, outcome=Outcome(kind="skipped"), wall_s=0.0)
+            continue
+        watcher.started(case)
+        started = time.monotonic()
+        try:
+            measurement = executor.measure(case, plan, watcher)
+        except KeyboardInterrupt:
+            interrupted = True
+            outcome = Outcome(kind="interrupted", message="stopped by the user")
+            measurement = Measurement(case=case, outcome=outcome, wall_s=time.monotonic() - started)
+        kept[_point(case)] = measurement
+        try:
+            log.append(measurement)
+        except BsprofError as error:
+            failure = error
+        watcher.finished(measurement)
+    return Swept([kept[_point(case)] for case in cases], interrupted, failure)
+
+
+def _point(case: Case) -> tuple[str, int]:
+    return case.key, case.process
+
+
+class ProcessExecutor:
+    """Measures each case in a process of its own."""
+
+    def measure(self, case: Case, plan: Plan, watcher: Watcher) -> Measurement:
+        """Return the child's measurement, or what can be said of its death."""
+        kills_before = cgroup.oom_kills()
+        stage = "starting"
+        steps = 0
+
+        def heard(message: Progressed | None) -> None:
+            nonlocal stage, steps
+            if message is None:
+                watcher.tick()
+            else:
+                stage, steps = message.stage, message.steps
+                watcher.advanced(case, message.stage, message.steps, message.precision)
+
+        reply = call(
+            "bsprof.sweep.child:measure",
+            msgspec.json.encode({"case": case, "plan": plan}),
+            deadline_s=plan.deadline_s,
+            on_progress=heard,
+        )
+        if reply.value is not None:
+            measurement = msgspec.json.decode(reply.value, type=Measurement)
+            return msgspec.structs.replace(measurement, wall_s=reply.wall_s)
+        assert reply.death is not None
+        oom_kills = (cgroup.oom_kills() or 0) - (kills_before or 0)
+        outcome = death_outcome(reply.death, stage, plan.deadline_s, oom_kills)
+        evidence = {**outcome.evidence, "steps": steps}
+        return Measurement(
+            case=case, outcome=msgspec.structs.replace(outcome, evidence=evidence), wall_s=reply.wall_s
+        )
+
+
+def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -> Outcome:
+    """Return the outcome of a case that died without a word in `stage`.
+
+    `oom_kills` counts the processes of this cgroup that the kernel killed for memory while the case ran.
+    """
+    evidence: dict[str, int | float | str | None] = {
+        "signal": death.signal.name if death.signal else None,
+        "exit_code": death.exit_code,
+        "stderr": death.last_words or None,
+    }
+    if death.timed_out:
+        return Outcome(
+            kind="timeout",
+            message=f"still in {stage} after {deadline_s:g} s; ended with all its processes",
+            hint="raise --deadline, or make the case smaller",
+            phase=stage,
+            evidence={"deadline_s": deadline_s, "stderr": death.last_words or None},
+        )
+    if death.signal is not None and death.signal.name == "SIGKILL" and oom_kills > 0:
+        return Outcome(
+            kind="host_oom",
+            message=f"killed by the kernel for memory in {stage}",
+            hint="fewer workers, a smaller batch or a smaller prefetch",
+            phase=stage,
+            evidence={**evidence, "oom_kills": oom_kills},
+        )
+    how = f"killed by {death.signal.name}" if death.signal else f"exited with code {death.exit_code}"
+    return Outcome(kind="crash", message=f"{how} in {stage}", phase=stage, evidence=evidence)
+
+
+def describe_environment(directory: str) -> Environment:
+    """Return the Environment of this machine, collected in a child so that this process never loads torch."""
+    return msgspec.json.decode(_ask("describe", directory), type=Environment)
+
+
+def prepare(all_settings: Sequence[Settings], plan: Plan) -> None:
+    """Check every name and make every data set, before anything is timed. Raises BsprofError."""
+    _ask("prepare", {"settings": list(all_settings), "plan": plan})
+
+
+def catalogue() -> list[tuple[str, str, str]]:
+    """Return the workloads as (kind, name, summary) rows."""
+    return msgspec.json.decode(_ask("catalogue", None), type=list[tuple[str, str, str]])
+
+
+def check_clocks() -> list[Check]:
+    """Run the self-test in a child and return its checks."""
+    return msgspec.json.decode(_ask("check_clocks", None), type=list[Check])
+
+
+def _ask(function: str, question: object) -> bytes:
+    """Return the answer of a function of the child's, or raise BsprofError when it died."""
+    reply = call(f"bsprof.sweep.child:{function}", msgspec.json.encode(question))
+    if reply.value is None:
+        assert reply.death is not None
+        how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"
+        raise BsprofError(f"{function}: the process died ({how})", hint=reply.death.last_words or None)
+    return reply.value
