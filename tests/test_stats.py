@@ -1,0 +1,329 @@
+"""Intervals cover what they promise, whatever the distribution; steadiness is seen when it is there."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bsprof.stats import (
+    Estimate,
+    between,
+    effective_size,
+    is_steady,
+    median,
+    paired_ratio,
+    quantile,
+    spread,
+    steady_from,
+)
+
+SERIES = 2000
+
+positive = st.floats(1e-3, 1e9, allow_subnormal=False)
+series = st.lists(positive, min_size=1, max_size=60)
+
+
+def autoregressive(rng, rho, shape):
+    noise = rng.standard_normal(shape)
+    noise[:, 1:] *= math.sqrt(1 - rho * rho)
+    for step in range(1, shape[1]):
+        noise[:, step] += rho * noise[:, step - 1]
+    return noise
+
+
+def bimodal(rng, shape):
+    """Steps with and without page faults: 60 % near 3.5 ms, skewed, the others near 5.5 ms."""
+    slow = rng.random(shape) < 0.4
+    return np.where(slow, 5.5, 3.5) + rng.gamma(2.0, 0.15, shape)
+
+
+def bimodal_median():
+    """Solve 0.6 P(Gamma(2, 0.15) < x) = 0.5: the slow mode lies wholly above the median."""
+    low, high = 0.0, 2.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = 1 - (1 + middle / 0.15) * math.exp(-middle / 0.15)
+        low, high = (middle, high) if 0.6 * below < 0.5 else (low, middle)
+    return 3.5 + low
+
+
+DISTRIBUTIONS = {
+    "lognormal": (lambda rng, shape: np.exp(0.15 * rng.standard_normal(shape)), 1.0),
+    "AR(1) 0.3": (lambda rng, shape: np.exp(0.15 * autoregressive(rng, 0.3, shape)), 1.0),
+    "AR(1) 0.6": (lambda rng, shape: np.exp(0.15 * autoregressive(rng, 0.6, shape)), 1.0),
+    "bimodal": (bimodal, bimodal_median()),
+    "t3": (lambda rng, shape: 20 + rng.standard_t(3, shape), 20.0),
+    "Pareto": (lambda rng, shape: 1 + rng.pareto(1.5, shape), 2 ** (1 / 1.5)),
+}
+
+
+@pytest.mark.parametrize("steps", [40, 100, 200])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_the_medians_interval_covers_the_true_median_as_often_as_it_says(name, steps):
+    draw, truth = DISTRIBUTIONS[name]
+    estimates = [median(row) for row in draw(np.random.default_rng(7), (SERIES, steps))]
+    with_interval = [estimate for estimate in estimates if estimate.low is not None]
+
+    assert len(with_interval) > 0.85 * SERIES
+    covered = np.mean([estimate.low <= truth <= estimate.high for estimate in with_interval])
+    assert 0.92 <= covered <= 0.98
+
+
+@pytest.mark.parametrize("level", [0.8, 0.9, 0.99])
+def test_other_levels_are_kept_too(level):
+    rows = np.random.default_rng(11).lognormal(size=(SERIES, 60))
+    covered = np.mean([e.low <= 1 <= e.high for e in (median(row, level) for row in rows) if e.low is not None])
+    assert level - 0.02 <= covered <= min(level + 0.05, 0.998)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5, 10])
+def test_intervals_between_processes_cover_the_truth(processes):
+    rng = np.random.default_rng(13)
+    sides = np.exp(0.1 * rng.standard_normal((2, SERIES, processes)) + rng.standard_normal((1, SERIES, 1)))
+    ratios = [paired_ratio(1.1 * a, b) for a, b in zip(*sides, strict=True)]
+    assert 0.93 <= np.mean([ratio.low <= 1.1 <= ratio.high for ratio in ratios]) <= 0.97
+
+    medians = [between(row) for row in 5e6 * np.exp(0.1 * rng.standard_normal((SERIES, processes)))]
+    assert 0.93 <= np.mean([estimate.low <= 5e6 <= estimate.high for estimate in medians]) <= 0.97
+
+
+def test_pairing_takes_out_what_both_sides_share():
+    shared = np.array([1.0, 3.0, 10.0, 40.0])
+    ratio = paired_ratio(1.05 * shared, shared)
+    assert ratio.value == pytest.approx(1.05)
+    assert ratio.precision < 1e-9
+
+
+def test_correlated_steps_are_worth_fewer_samples():
+    rng = np.random.default_rng(17)
+    worth = {rho: np.mean([effective_size(r) for r in autoregressive(rng, rho, (200, 200))]) for rho in (0, 0.3, 0.6)}
+    assert worth[0] > 160
+    # n (1 - rho) / (1 + rho), and somewhat less, as a sum of estimates that must be positive is.
+    assert 80 < worth[0.3] < 120
+    assert 35 < worth[0.6] < 60
+
+
+def test_one_outlier_does_not_hide_correlation():
+    steps = autoregressive(np.random.default_rng(19), 0.8, (1, 200))[0]
+    spiked = steps.copy()
+    spiked[100] += 1e6
+    assert effective_size(spiked) == pytest.approx(effective_size(steps), rel=0.3)
+    assert effective_size(spiked) < 60
+
+
+def test_alternating_steps_are_worth_no_more_than_their_number():
+    assert effective_size([1, 2] * 30) == 60
+
+
+@given(series)
+def test_an_estimate_holds_together(values):
+    estimate = median(values)
+    assert estimate.value == np.median(values)
+    assert estimate.n == len(values)
+    assert 1 <= estimate.effective <= len(values)
+    if estimate.low is None:
+        assert estimate.high is None and estimate.precision is None
+    else:
+        assert min(values) <= estimate.low <= estimate.value <= estimate.high <= max(values)
+        assert estimate.precision >= 0
+
+
+@given(series, st.sampled_from([0.5, 2.0, 1024.0]))
+def test_a_change_of_unit_changes_nothing_else(values, factor):
+    before, after = median(values), median([factor * value for value in values])
+    assert after.effective == before.effective
+    assert after[:3] == tuple(None if number is None else factor * number for number in before[:3])
+    assert after.precision == before.precision
+
+
+@given(st.lists(positive, min_size=2, max_size=20), st.randoms(use_true_random=False))
+def test_processes_have_no_order(values, random):
+    mixed = random.sample(values, len(values))
+    assert spread(mixed) == spread(values)
+    for one, other in zip(between(mixed), between(values), strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+
+
+@given(series, st.floats(0, 1), st.floats(0, 1))
+def test_quantiles_rise_with_p(values, one, other):
+    low, high = sorted([one, other])
+    assert quantile(values, low) <= quantile(values, high) or math.isclose(
+        quantile(values, low), quantile(values, high)
+    )
+    assert quantile(values, 0) == min(values)
+    assert quantile(values, 1) == max(values)
+
+
+@given(st.lists(positive, min_size=2, max_size=20), st.floats(0.5, 0.98))
+def test_a_higher_level_never_narrows_an_interval(values, level):
+    for estimate in (median, between):
+        narrow, wide = estimate(values, level), estimate(values, 0.99)
+        if wide.low is not None:
+            assert wide.low <= narrow.low and narrow.high <= wide.high
+
+
+@given(st.lists(st.tuples(positive, positive), min_size=2, max_size=20))
+def test_swapping_the_sides_inverts_the_ratio(pairs):
+    a, b = zip(*pairs, strict=True)
+    there, back = paired_ratio(a, b), paired_ratio(b, a)
+    assert there.value == pytest.approx(1 / back.value, rel=1e-9)
+    if there.high < 1e300 and back.high < 1e300:
+        assert there.low == pytest.approx(1 / back.high, rel=1e-9)
+
+
+def test_too_few_samples_have_a_value_and_no_interval():
+    assert median([3, 1, 2]) == Estimate(2.0, None, None, 3, 3.0)
+    assert median([3, 1, 2]).precision is None
+    # 1 - 2 / 2^5 = 93.75 % between the extremes of five, 96.9 % between those of six.
+    assert median([3, 1, 5, 2, 4]).low is None
+    low, high = median([3, 1, 5, 2, 4, 2.5])[1:3]
+    assert 1 < low < 1.5 and 4.5 < high < 5
+    assert between([4.0]) == Estimate(pytest.approx(4.0), None, None, 1, 1.0)
+    assert paired_ratio([3.0], [2.0])[1:3] == (None, None)
+    assert spread([4.0]) is None
+    assert spread([]) is None
+
+
+def test_constant_series_have_an_interval_without_width():
+    for estimate in (median([7] * 20), between([7] * 5), paired_ratio([7] * 5, [7] * 5)):
+        assert estimate.precision == pytest.approx(0, abs=1e-12)
+        assert estimate.effective == estimate.n
+    assert median([0] * 20).precision == 0
+    assert spread([7, 7]) == 0
+
+
+def test_a_median_of_zero_has_no_relative_precision():
+    assert median([-3, 2, -1, 0, 1, 0, -2, 3, -1, 1, 0]).precision == math.inf
+
+
+def test_spread_is_the_largest_over_the_smallest():
+    assert spread([100, 110, 105]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3, 4, 5, 6, 7, 8], np.arange(1, 9), np.arange(1.0, 9.0)])
+def test_lists_and_arrays_of_ints_and_floats_are_alike(values):
+    assert median(values) == median([float(value) for value in range(1, 9)])
+    assert quantile(values, 0.5) == 4.5
+    assert is_steady(values, window=2) == is_steady([5.0, 6.0, 7.0, 8.0], window=2)
+    assert steady_from(values, window=2) == steady_from([float(value) for value in range(1, 9)], window=2)
+
+
+@pytest.mark.parametrize("call", [effective_size, median, between, lambda v: quantile(v, 0.5)])
+def test_nothing_and_nonsense_are_refused_in_plain_words(call):
+    with pytest.raises(ValueError, match="no values"):
+        call([])
+    with pytest.raises(ValueError, match="values must be finite"):
+        call([1.0, math.nan])
+
+
+def test_what_has_no_logarithm_and_no_partner_is_refused():
+    for values in ([0.0, 1.0], [-1.0, 1.0]):
+        for call in (between, spread, lambda v: paired_ratio(v, [1, 1])):
+            with pytest.raises(ValueError, match="positive"):
+                call(values)
+    with pytest.raises(ValueError, match="got 2 and 3"):
+        paired_ratio([1, 2], [1, 2, 3])
+    for call in (median, between):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            call([1, 2, 3], 1.0)
+
+
+# --- steady state -----------------------------------------------------------------------------------
+
+WINDOWS = [4, 6, 10, 20]
+
+
+def noisy(shape, noise, seed=23):
+    """Return series of `shape` (factors), each with its own noise: a fraction, or the same with correlated steps."""
+    rows = np.random.default_rng(seed).standard_normal((200, len(shape)))
+    return np.asarray(shape) * np.exp(noise * rows)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.05, 0.15])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_flat_noise_is_soon_steady(window, noise):
+    starts = [steady_from(row, window=window) for row in noisy(np.ones(4 * window), noise)]
+    assert None not in starts
+    assert np.mean([start == 0 for start in starts]) > 0.8
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_flat_correlated_noise_is_steady_in_the_end(window):
+    rows = 100 * np.exp(0.1 * autoregressive(np.random.default_rng(29), 0.4, (200, 6 * window)))
+    assert np.mean([steady_from(row, window=window) is not None for row in rows]) > 0.98
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_cold_first_step_is_not_steady_and_what_follows_is(window):
+    shape = np.ones(4 * window)
+    shape[0] = 3
+    starts = [steady_from(row, window=window) for row in noisy(shape, 0.05)]
+    assert None not in starts and 0 not in starts
+    assert np.median(starts) == 1
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_slow_decay_is_steady_only_where_it_is_flat(window):
+    shape = 1 + 2 * np.exp(-np.arange(12 * window) / window)
+    starts = [steady_from(row, window=window) for row in noisy(shape, 0.02)]
+    assert None not in starts
+    # From the first window's mean to the second's it falls by at most 10 %, or by what noise explains.
+    assert np.quantile([shape[start] for start in starts], 0.9) < 1.35
+    assert max(starts) < 8 * window
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("change", [1.5, 1 / 1.5], ids=["slowing down", "speeding up"])
+def test_a_drift_is_never_steady(change, window):
+    shape = change ** (np.arange(6 * window) / (2 * window))
+    starts = [steady_from(row, window=window) for row in noisy(shape, 0.01)]
+    assert np.mean([start is None for start in starts]) > 0.99
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_queue_that_runs_dry_is_not_steady_across_the_change(window):
+    shape = np.r_[np.ones(window), np.full(3 * window, 2.0)]
+    for row in noisy(shape, 0.05):
+        assert not is_steady(row[: 2 * window], window=window)
+        assert is_steady(shape, window=window)
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 8])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_bursts_of_a_loader_are_a_steady_state(window, period):
+    """W workers deliver W batches at once: every W-th step waits. That is how such a loop runs, for ever."""
+    shape = np.where(np.arange(8 * window) % period == period - 1, 4.0, 1.0)
+    assert np.mean([steady_from(row, window=window) is not None for row in noisy(shape, 0.05)]) > 0.99
+
+
+def test_only_the_end_is_asked_and_only_the_end_answers():
+    cold_then_flat = [300, 200, 150] + [100, 101, 99, 100] * 10
+    assert is_steady(cold_then_flat, window=4)
+    assert not is_steady(cold_then_flat[:9], window=4)
+    assert steady_from(cold_then_flat, window=4) == 3
+    assert steady_from(cold_then_flat, window=4, minimum=10) == 10
+
+
+@given(st.lists(positive, max_size=40), st.integers(2, 8), st.integers(0, 10))
+def test_the_loop_and_the_saved_series_agree(values, window, minimum):
+    ends = (end for end in range(minimum + 2 * window, len(values) + 1) if is_steady(values[:end], window=window))
+    end = next(ends, None)
+    assert steady_from(values, minimum=minimum, window=window) == (None if end is None else end - 2 * window)
+
+
+@given(st.lists(positive, min_size=8, max_size=8), st.sampled_from([0.5, 2.0, 1024.0]))
+def test_steadiness_has_no_unit(values, factor):
+    assert is_steady([factor * value for value in values], window=4) == is_steady(values, window=4)
+
+
+def test_a_series_too_short_for_two_windows_is_not_steady():
+    assert not is_steady([], window=4)
+    assert not is_steady([1] * 7, window=4)
+    assert is_steady([1] * 8, window=4)
+    assert steady_from([], window=4) is None
+    assert steady_from([1] * 39) is None
+    for ask in (is_steady, steady_from):
+        with pytest.raises(ValueError, match="at least 2 steps"):
+            ask([1, 1], window=1)
