@@ -1,0 +1,147 @@
+"""What each way of looking at a step costs it: bare clock reads, our marks, record_function, torch.profiler, TraceML.
+
+    python benchmarks/recorder_overhead.py [--json FILE]
+
+A step of a tiny MLP (about 100 us) is run in interleaved blocks, every variant once in each round and in rotating order, so
+that the machine's drift meets all alike. Printed: microseconds a step that each variant adds to the bare one, from the
+paired ratios of a round, with a 95 % interval. TraceML is measured where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bsprof import stats
+from bsprof.measure import environment
+from bsprof.measure.loop import run_block
+from bsprof.measure.tape import Tape
+
+ROUNDS, STEPS, WARMUP_ROUNDS = 60, 200, 5
+LIMIT_US = 4.0
+"""What the recorder may add to a step on a CPU."""
+
+
+class MlpStep:
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+        self.images, self.labels = torch.randn(16, 32), torch.randint(0, 10, (16,))
+        self.loss_fn = nn.CrossEntropyLoss()
+        self.stages = (
+            ("data", self.data),
+            ("h2d", self.h2d),
+            ("forward", self.forward),
+            ("backward", self.backward),
+            ("optimizer", self.update),
+        )
+
+    def data(self) -> None:
+        self.batch = self.images, self.labels
+
+    def h2d(self) -> None:
+        self.batch = self.batch[0].to("cpu"), self.batch[1].to("cpu")
+
+    def forward(self) -> None:
+        self.loss = self.loss_fn(self.model(self.batch[0]), self.batch[1])
+
+    def backward(self) -> None:
+        self.loss.backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def variants(step: MlpStep) -> dict[str, Callable[[], None]]:
+    """Return one block of each way of looking."""
+    stages = step.stages
+
+    def bare() -> None:
+        run_block(stages, STEPS, None)
+
+    def clock_reads() -> None:
+        clock = time.perf_counter_ns
+        for _ in range(STEPS):
+            for _, run in stages:
+                run()
+                clock()
+
+    def recorder() -> None:
+        run_block(stages, STEPS, Tape())
+
+    def record_function() -> None:
+        for _ in range(STEPS):
+            for phase, run in stages:
+                with torch.profiler.record_function(phase):
+                    run()
+
+    def active_profiler() -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
+            run_block(stages, STEPS, None)
+
+    found = {
+        "bare": bare,
+        "bare clock reads": clock_reads,
+        "bsprof recorder": recorder,
+        "record_function": record_function,
+        "torch.profiler active": active_profiler,
+    }
+    if importlib.util.find_spec("traceml") is not None:
+        with contextlib.suppress(ImportError, AttributeError):
+            from traceml.decorators import trace_step
+
+            def traceml() -> None:
+                for _ in range(STEPS):
+                    with trace_step(step.model):
+                        for _, run in stages:
+                            run()
+
+            found["TraceML trace_step"] = traceml
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    blocks = variants(MlpStep())
+    names = list(blocks)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(WARMUP_ROUNDS + ROUNDS):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter_ns()
+            blocks[name]()
+            if i >= WARMUP_ROUNDS:
+                times[name].append((time.perf_counter_ns() - start) / STEPS / 1e3)
+    bare = stats.median(times["bare"]).value
+    rows = []
+    print(f"bare step {bare:.1f} us; {ROUNDS} interleaved rounds of {STEPS} steps\n")
+    print(f"{'':24}{'added us/step':>14}{'95 % interval':>20}{'ratio':>8}")
+    for name in names[1:]:
+        added = stats.median([a - b for a, b in zip(times[name], times["bare"], strict=True)])
+        ratio = stats.paired_ratio(times[name], times["bare"])
+        low, high = added.low or float("nan"), added.high or float("nan")
+        print(f"{name:24}{added.value:14.2f}{f'[{low:.2f}, {high:.2f}]':>20}{ratio.value:8.3f}")
+        rows.append({"variant": name, "added_us": added.value, "low": low, "high": high, "ratio": ratio.value})
+    recorder = next(row for row in rows if row["variant"] == "bsprof recorder")
+    print(f"\nrecorder <= {LIMIT_US} us a step: {'yes' if recorder['added_us'] <= LIMIT_US else 'NO'}")
+    if arguments.json:
+        import msgspec
+
+        found = msgspec.to_builtins(environment.collect(Path.cwd()))
+        arguments.json.write_text(json.dumps({"bare_us": bare, "variants": rows, "environment": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
