@@ -1,0 +1,243 @@
+"""What the operating system counted over a window, and whether others used the machine during it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import resource
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from bsprof import cgroup
+from bsprof.model import Counters, Note
+
+PRESSURE_SHARE = 0.05
+"""Share of the window in which something that could run had to wait for a core. From 5 % on it marks about half of the
+disturbed runs: a sign worth showing, not proof, and its absence proves nothing."""
+
+FOREIGN_SHARE = 0.05
+"""Cores kept busy by others, as a share of all cores. System daemons of an idle machine stay near 1 %."""
+
+STEAL_SHARE = 0.02
+"""Time a hypervisor took away while the machine had work, as a share of the time it wanted. As much as the precision
+asked of a median by default: from here on the interval speaks of the neighbours too."""
+
+THROTTLED_SHARE = 0.02
+"""Share of the quota's periods in which it ran out. A period is 0.1 s as a rule, so a throttled one holds up whole
+steps."""
+
+MIN_CORE_SECONDS = 1.0
+"""`/proc/stat` counts in ticks of 10 ms: with fewer than 100 of them a share is too coarse to be compared with 2 %."""
+
+
+class Machine(NamedTuple):
+    """One reading of what the whole machine did so far; each field is `None` where the system does not tell.
+
+    Times are seconds since some fixed moment, so only differences of two readings mean anything.
+    """
+
+    clock_s: float
+    busy_s: float | None
+    """Core time spent on anything, by all cores together, without what was stolen."""
+    idle_s: float | None
+    stolen_s: float | None
+    pressure_s: float | None
+    """Wall time in which at least one process waited for a core."""
+    own_s: float
+    """Core time of this process, of its multiprocessing children and of all their children that have ended."""
+    throttling: cgroup.Throttling | None
+
+
+class CounterWindow:
+    """Counts from its making to `close()`; both ends cost well under a millisecond and nothing runs in between.
+
+    What it reads about the machine lies outside what it reads about the process, so that one does not count the other.
+    """
+
+    def __init__(self) -> None:
+        self._machine = read_machine()
+        self._end: tuple[Machine, _Process] | None = None
+        self._process = _read_process()
+
+    def close(self) -> None:
+        """End the window. Closing again moves its end."""
+        process = _read_process()
+        self._end = read_machine(), process
+
+    def counters(self) -> Counters:
+        """Return what was counted for this process alone, all its threads included. Closes the window if it is open."""
+        first, last = self._process, self._closed()[1]
+        return Counters(**{name: getattr(last, name) - getattr(first, name) for name in _Process._fields})
+
+    def notes(self) -> list[Note]:
+        """Return the signs that the window's numbers are not this program's alone. Closes the window if it is open."""
+        return contention_notes(self._machine, self._closed()[0])
+
+    def _closed(self) -> tuple[Machine, _Process]:
+        if self._end is None:
+            self.close()
+        assert self._end is not None
+        return self._end
+
+
+def contention_notes(before: Machine, after: Machine) -> list[Note]:
+    """Return a note for each sign that others, or a limit, slowed the time between two readings.
+
+    `cpu_contended`: others kept cores busy. `cpu_oversubscribed`: processes waited for cores, and not because of
+    others: this program has more runnable threads than cores. `steal`: the hypervisor gave cores to other guests.
+    `cpu_quota`: the control group's quota ran out. Each text carries the figure; what is not counted gives no note.
+    """
+    return [*_waiting(before, after), *_steal(before, after), *_quota(before, after)]
+
+
+def _waiting(before: Machine, after: Machine) -> list[Note]:
+    wall = after.clock_s - before.clock_s
+    waited = _change(before.pressure_s, after.pressure_s)
+    pressure = waited / wall if waited is not None and wall > 0 else None
+    pressed = pressure is not None and pressure >= PRESSURE_SHARE
+    told = f"; something runnable waited for a core {pressure:.0%} of the time" if pressure is not None else ""
+    foreign = _foreign_cores(before, after)
+    if foreign is not None:
+        busy_elsewhere, cores = foreign
+        if busy_elsewhere >= FOREIGN_SHARE * cores:
+            text = (
+                f"other programs kept {busy_elsewhere:.2f} of {cores:.0f} cores busy while this case was measured{told}"
+            )
+            return [Note(code="cpu_contended", text=text)]
+        if pressed:
+            text = (
+                "more threads and workers than cores: something runnable waited for a core "
+                f"{pressure:.0%} of the time, and hardly anything else was running"
+            )
+            return [Note(code="cpu_oversubscribed", text=text)]
+    elif pressed:
+        text = f"something runnable, of this case or of others, waited for a core {pressure:.0%} of the time"
+        return [Note(code="cpu_contended", text=text)]
+    return []
+
+
+def _foreign_cores(before: Machine, after: Machine) -> tuple[float, float] | None:
+    """Return how many cores others kept busy on average, and how many cores there are."""
+    wall = after.clock_s - before.clock_s
+    busy = _change(before.busy_s, after.busy_s)
+    idle = _change(before.idle_s, after.idle_s)
+    stolen = _change(before.stolen_s, after.stolen_s) or 0.0
+    if busy is None or idle is None or wall <= 0 or busy + idle + stolen < MIN_CORE_SECONDS:
+        return None
+    return max(0.0, busy - (after.own_s - before.own_s)) / wall, max(1.0, (busy + idle + stolen) / wall)
+
+
+def _steal(before: Machine, after: Machine) -> list[Note]:
+    stolen, busy = _change(before.stolen_s, after.stolen_s), _change(before.busy_s, after.busy_s)
+    if stolen is None or busy is None or stolen + busy < MIN_CORE_SECONDS:
+        return []
+    share = stolen / (stolen + busy)
+    if share < STEAL_SHARE:
+        return []
+    return [Note(code="steal", text=f"the hypervisor gave {share:.1%} of the CPU time wanted here to other guests")]
+
+
+def _quota(before: Machine, after: Machine) -> list[Note]:
+    if before.throttling is None or after.throttling is None:
+        return []
+    first, last = before.throttling, after.throttling
+    periods, throttled = last.periods - first.periods, last.throttled_periods - first.throttled_periods
+    if periods <= 0 or throttled < THROTTLED_SHARE * periods:
+        return []
+    held_s = (last.throttled_ns - first.throttled_ns) / 1e9
+    text = (
+        f"the control group's CPU quota ran out in {throttled / periods:.0%} of its periods ({held_s:.2f} s held back)"
+    )
+    return [Note(code="cpu_quota", text=text)]
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def read_machine(root: Path = cgroup.ROOT) -> Machine:
+    """Read everything that `contention_notes` compares. `root` is `/` but for tests."""
+    user, nice, system, idle, iowait, irq, softirq, steal = _cpu_times(root) or (None,) * 8
+    counted = None not in (user, nice, system, idle, iowait, irq, softirq)
+    return Machine(
+        clock_s=time.monotonic(),
+        busy_s=_total(user, nice, system, irq, softirq) if counted else None,
+        idle_s=_total(idle, iowait) if counted else None,
+        stolen_s=steal,
+        pressure_s=_pressure_s(root),
+        own_s=_own_s(),
+        throttling=cgroup.throttling(root),
+    )
+
+
+def _total(*seconds: float | None) -> float:
+    return sum(second or 0.0 for second in seconds)
+
+
+def _cpu_times(root: Path) -> tuple[float, ...] | None:
+    """Return seconds as user, nice, system, idle, iowait, irq, softirq, steal (proc(5)); user includes guests' time."""
+    fields = _read(root / "proc/stat").partition("\n")[0].split()
+    if len(fields) < 9 or fields[0] != "cpu":
+        return None
+    return tuple(int(field) / _TICKS_PER_S for field in fields[1:9])
+
+
+def _pressure_s(root: Path) -> float | None:
+    match = re.search(r"^some .*\btotal=(\d+)", _read(cgroup.pressure_file(root)), re.MULTILINE)
+    return int(match[1]) / 1e6 if match else None
+
+
+def _own_s() -> float:
+    """Return the CPU time of this process and its DataLoader workers.
+
+    Running children are read one by one: `RUSAGE_CHILDREN` holds only those that ended. A process started by other
+    means than multiprocessing counts as foreign until it ends; finding it would mean reading every process there is.
+    """
+    usages = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    running = (_process_s(child.pid) for child in multiprocessing.active_children() if child.pid is not None)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + sum(running)
+
+
+def _process_s(pid: int) -> float:
+    """Return CPU seconds of a process and of its ended children, 0 where it has gone or the system does not tell."""
+    # The second field is the command's name in parentheses, and may hold anything, blanks and parentheses included.
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return sum(int(ticks) for ticks in fields[11:15]) / _TICKS_PER_S
+
+
+class _Process(NamedTuple):
+    """What this process used so far, fields as in `model.Counters`."""
+
+    wall_ns: int
+    cpu_ns: int
+    minor_faults: int
+    major_faults: int
+    voluntary_switches: int
+    involuntary_switches: int
+
+
+def _read_process() -> _Process:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return _Process(
+        wall_ns=time.perf_counter_ns(),
+        cpu_ns=time.process_time_ns(),
+        minor_faults=usage.ru_minflt,
+        major_faults=usage.ru_majflt,
+        voluntary_switches=usage.ru_nvcsw,
+        involuntary_switches=usage.ru_nivcsw,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+_TICKS_PER_S: int = os.sysconf("SC_CLK_TCK")
