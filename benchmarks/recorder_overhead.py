@@ -140,7 +140,9 @@ def main() -> None:
         import msgspec
 
         found = msgspec.to_builtins(environment.collect(Path.cwd()))
-        arguments.json.write_text(json.dumps({"bare_us": bare, "variants": rows, "environment": found}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"bare_us": bare, "variants": rows, "environment": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

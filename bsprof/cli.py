@@ -92,7 +92,9 @@ def commands() -> None:
 
 
 @commands.command(cls=SweepCommand)
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Sweep a plan.toml, or repeat a result.json.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="Sweep a plan.toml, or repeat a result.json."
+)
 @click.option("--quick", is_flag=True, help="A smaller sweep, about 30 s.")
 @click.option("--dry-run", is_flag=True, help="List the cases and the expected time, measure nothing.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Finish the sweep of this result file.")
@@ -105,7 +107,9 @@ def commands() -> None:
 @click.option("--repeat", type=int, help="Processes a case; the spread between them is reported. [1]")
 @click.option("--seed", type=int, help="Of the case order, the weights and the shuffling. [0]")
 @click.option("--order", type=click.Choice(["shuffled", "listed"]), help="Order of the cases. [shuffled]")
-@click.option("--malloc", type=click.Choice(["pinned", "default"]), help="Keep freed host memory while measuring. [pinned]")
+@click.option(
+    "--malloc", type=click.Choice(["pinned", "default"]), help="Keep freed host memory while measuring. [pinned]"
+)
 @click.option("--host-memory", metavar="SIZE", help="Private memory that a case's process may have, as 4GiB.")
 def bench(
     plan_file: Path | None, quick: bool, dry_run: bool, resume: Path | None, output: str | None, **flags: Any

@@ -48,7 +48,9 @@ def leave(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
 def hang_with_family(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Start a child and a grandchild, tell their pids, ignore polite signals, and hang."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    script = "import subprocess,sys,time; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); time.sleep(600)"
+    script = (
+        "import subprocess,sys,time; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); time.sleep(600)"
+    )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     grandchild = int(child.stdout.readline())

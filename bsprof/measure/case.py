@@ -16,6 +16,7 @@ from bsprof import stats
 from bsprof.measure import malloc
 from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device
 from bsprof.measure.counters import CounterWindow
+from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
 from bsprof.measure.loop import Training, run_block, running_phase
 from bsprof.measure.tape import Tape, cost_per_step_ns
@@ -153,7 +154,7 @@ class CaseRun:
         settings = self.settings
         start = host_clock()
         malloc_state = malloc.pin() if self.plan.malloc == "pinned" else "default"
-        torch.set_num_threads(settings.threads or self._usable_threads())
+        torch.set_num_threads(settings.threads or cores_of_this_process())
         if settings.cudnn_benchmark is not None:
             torch.backends.cudnn.benchmark = settings.cudnn_benchmark
         if settings.cudnn_deterministic is not None:
@@ -163,7 +164,7 @@ class CaseRun:
         model = build_model(settings.model, classes=data.classes, shape=data.shape, seed=self.seed)
         model = model.to(self._device)
         if settings.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         model.train()
         loader = build_loader(data, settings, seed=self.seed)
         self._training = Training(model, loader, _optimizer(settings, model), settings, self._device)
@@ -337,11 +338,6 @@ class CaseRun:
         """Wait for the device, in the warm-up only: a cold step's whole cost is what is asked there."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize()
-
-    def _usable_threads(self) -> int:
-        from bsprof.measure.environment import usable_cores
-
-        return usable_cores()
 
     def _note(self, code: str, text: str) -> None:
         self.notes.append(Note(code=code, text=text))

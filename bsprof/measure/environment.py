@@ -69,7 +69,7 @@ def collect(directory: Path) -> Environment:
         cpu=cpu_name(cpuinfo) or _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine(),
         cores_logical=logical,
         cores_physical=psutil.cpu_count(logical=False),
-        cores_usable=usable_cores(logical, _affinity(), quota),
+        cores_usable=cores_of_this_process(),
         cpu_quota=quota,
         memory_bytes=psutil.virtual_memory().total,
         memory_limit_bytes=cgroup.memory_limit(),
@@ -96,6 +96,11 @@ def usable_cores(logical: int, affinity: int | None, quota: float | None) -> int
     """Return the cores that can really run at once: at least one, a started fraction of a quota counting as a whole."""
     limits = [logical, affinity, None if quota is None else math.ceil(quota)]
     return max(1, min(limit for limit in limits if limit is not None))
+
+
+def cores_of_this_process() -> int:
+    """Return the usable cores here and now."""
+    return usable_cores(psutil.cpu_count() or 1, _affinity(), cgroup.cpu_quota())
 
 
 def _affinity() -> int | None:

@@ -116,7 +116,9 @@ class Recorder:
             epoch_boundaries=[step - cold for step in self._epochs if cold <= step < len(host.step_ns)],
             warmup_ns=host.step_ns[:cold],
             steady=steady_from is not None,
-            recorder_ns_per_step=cost_per_step_ns([*host.phase_ns, OTHER], device_clock=device and device_clock(self.device)),
+            recorder_ns_per_step=cost_per_step_ns(
+                [*host.phase_ns, OTHER], device_clock=device and device_clock(self.device)
+            ),
             counters=counters,
         )
         epoch_starts = zip(self._iterator_ns[1:], self._first_batch_ns[1:], strict=False)

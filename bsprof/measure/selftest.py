@@ -115,6 +115,4 @@ def _delayed(stages: tuple[Stage, ...], planted: str, delay_ns: int) -> list[Sta
 
         return stage
 
-    return [
-        (phase, slow(run) if phase == planted and phase != "data" and delay_ns else run) for phase, run in stages
-    ]
+    return [(phase, slow(run) if phase == planted and phase != "data" and delay_ns else run) for phase, run in stages]

@@ -40,12 +40,14 @@ class Request(NamedTuple):
 def run(request: Request, *, dry_run: bool, version: str) -> int:
     """Do what `request` asks and return the exit code."""
     started = time.monotonic()
+    _check_output(request.output)
     notices = terminal.console(stderr=True)
     axes = {
         name: parse_values(axis, request.flags[name], "--" + name.replace("_", "-"))
         for name, axis in AXES.items()
         if request.flags.get(name) is not None
     }
+    stop, rest = _plan_flags(request.flags)
     past = _Past.read(request.resume) if request.resume else None
     from_file = store.read_plan(request.plan_file) if request.plan_file else None
     if from_file and axes:
@@ -53,12 +55,14 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
     with notices.status("starting") if notices.is_terminal else contextlib.nullcontext():
         environment = describe_environment(str(Path.cwd()))
-    plan = _plan(request, axes, from_file, past, environment)
+    plan = _plan(axes, from_file, past, environment, quick=request.quick, stop=stop, rest=rest)
     expansion = expand(plan, environment)
     for note in expansion.notes:
         notices.print(f"note: {note.text}", highlight=False)
     if dry_run:
-        terminal.render_cases(expansion.cases, expansion.varying, expected_s(plan, len(expansion.cases)), terminal.console())
+        terminal.render_cases(
+            expansion.cases, expansion.varying, expected_s(plan, len(expansion.cases)), terminal.console()
+        )
         return Exit.DONE
     with notices.status("preparing the data") if notices.is_terminal else contextlib.nullcontext():
         prepare([case.settings for case in expansion.cases if case.settings], plan)
@@ -69,9 +73,9 @@ def _measure(
     request: Request, plan: Plan, environment: Environment, expansion: Expansion, past: _Past | None, started: float
 ) -> int:
     created = past.created if past else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    header = store.JournalHeader(created=created, plan=plan, environment=environment)
-    target = past.target if past else _target(request.output)
-    journal = past.reopen(header, len(expansion.cases)) if past else _open_journal(target, header, request, len(expansion.cases))
+    header = store.Header(created=created, plan=plan, environment=environment)
+    reserve = len(expansion.cases) * RESERVE_BYTES_PER_CASE
+    target, journal = past.reopen(header, reserve) if past else _open_journal(request.output, header, reserve)
     notices = terminal.console(stderr=True)
     with journal:
         with Progress(notices, expansion.cases, expansion.varying, expected_s(plan, len(expansion.cases))) as progress:
@@ -110,22 +114,26 @@ def _exit_code(swept: Swept, target: Path, notices: Any) -> int:
 
 
 def _plan(
-    request: Request,
     axes: Mapping[str, tuple[Any, ...]],
     from_file: Plan | None,
     past: _Past | None,
     environment: Environment,
+    *,
+    quick: bool,
+    stop: Mapping[str, Any],
+    rest: Mapping[str, Any],
 ) -> Plan:
     """Return the plan: of the flags, of a file with the flags that are no axes on top, or of the sweep to resume."""
-    stop, rest = _plan_flags(request.flags)
     if past:
         _refuse_other_machine(past, environment)
-        if not (axes or from_file or stop or rest or request.quick):
+        if not (axes or from_file or stop or rest or quick):
             return past.plan
     if from_file:
-        plan = _converted({**msgspec.to_builtins(from_file), **rest, "stop": {**msgspec.to_builtins(from_file.stop), **stop}})
+        plan = _converted(
+            {**msgspec.to_builtins(from_file), **rest, "stop": {**msgspec.to_builtins(from_file.stop), **stop}}
+        )
     else:
-        plan = make_plan(axes, environment, quick=request.quick, stop=stop, **rest)
+        plan = make_plan(axes, environment, quick=quick, stop=stop, **rest)
     if past and plan != past.plan:
         raise BsprofError(
             f"--resume {past.path}: these flags make another plan than the one being resumed",
@@ -141,7 +149,6 @@ def _converted(fields: Mapping[str, Any]) -> Plan:
         raise BsprofError(str(error), hint="see `bsprof bench --help`") from error
 
 
-_STOP_FLAGS = ("precision", "max_case_time")
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -152,12 +159,9 @@ def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         for flag, field in (("precision", "precision"), ("max_case_time", "max_case_time_s"))
         if flags[flag] is not None
     }
-    plan = {
-        field: flags[flag]
-        for flag, field in (("deadline", "deadline_s"),)
-        if flags[flag] is not None
-    }
-    plan |= {name: flags[name] for name in ("repeat", "seed", "order", "malloc", "download") if flags[name] is not None}
+    plan = {name: flags[name] for name in ("repeat", "seed", "order", "malloc", "download") if flags[name] is not None}
+    if flags["deadline"] is not None:
+        plan["deadline_s"] = flags["deadline"]
     if flags["data_root"] is not None:
         plan["data_root"] = str(Path(flags["data_root"]).resolve())
     if flags["host_memory"] is not None:
@@ -172,24 +176,37 @@ def _bytes(size: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _target(output: str | None) -> Path:
-    if output and output != "-":
-        path = Path(output)
-        if not path.name.endswith((".json", ".json.gz")):
-            raise BsprofError(f"--output {output}: expected .json or .json.gz", hint="or - for standard output")
-        return path
-    return Path(f"bsprof-{socket.gethostname()}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json")
-
-
 def _journal_path(target: Path) -> Path:
     return target.with_name(target.name + ".journal")
 
 
-def _open_journal(target: Path, header: store.JournalHeader, request: Request, cases: int) -> store.Journal:
-    """Create the journal beside `target`, and so learn before measuring whether the result can be written there."""
-    if target.is_dir():
-        raise BsprofError(f"--output {target}: is a directory", hint="name a file in it")
-    return store.Journal.create(_journal_path(target), header, reserve_bytes=cases * RESERVE_BYTES_PER_CASE)
+def _open_journal(output: str | None, header: store.Header, reserve: int) -> tuple[Path, store.Journal]:
+    """Create the journal beside the result, and so learn before measuring whether it can be written there."""
+    if output and output != "-":
+        target = Path(output)
+        return target, store.Journal.create(_journal_path(target), header, reserve_bytes=reserve)
+    stem = f"bsprof-{socket.gethostname()}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        target = Path(f"{stem}{suffix}.json")
+        if target.exists() or _journal_path(target).exists():
+            continue
+        try:
+            return target, store.Journal.create(_journal_path(target), header, reserve_bytes=reserve)
+        except BsprofError:
+            # Another bsprof that started in the same second may have been quicker.
+            if not _journal_path(target).exists():
+                raise
+    raise BsprofError(f"{stem}.json: a hundred results of this second exist", hint="name one with --output")
+
+
+def _check_output(output: str | None) -> None:
+    """Refuse a bad `--output` before anything is started."""
+    if output is None or output == "-":
+        return
+    if not output.endswith((".json", ".json.gz")):
+        raise BsprofError(f"--output {output}: expected .json or .json.gz", hint="or - for standard output")
+    if Path(output).is_dir():
+        raise BsprofError(f"--output {output}: is a directory", hint="name a file in it")
 
 
 class _Past(NamedTuple):
@@ -213,19 +230,19 @@ class _Past(NamedTuple):
             return cls(path, target, header.created, header.plan, header.environment, journal.measurements, journal)
         result = store.load(target)
         if result.plan is None:
-            raise BsprofError(f"--resume {path}: holds no plan", hint="only the results of `bsprof bench` can be resumed")
+            raise BsprofError(
+                f"--resume {path}: holds no plan", hint="only the results of `bsprof bench` can be resumed"
+            )
         return cls(path, target, result.created, result.plan, result.environment, result.measurements, None)
 
-    def reopen(self, header: store.JournalHeader, cases: int) -> store.Journal:
-        """Return the journal to go on with; a result that was saved becomes a journal again."""
+    def reopen(self, header: store.Header, reserve: int) -> tuple[Path, store.Journal]:
+        """Return the result's path and the journal to go on with; a saved result becomes a journal again."""
         if self.journal:
-            return self.journal
-        journal = store.Journal.create(
-            _journal_path(self.target), header, reserve_bytes=cases * RESERVE_BYTES_PER_CASE
-        )
+            return self.target, self.journal
+        journal = store.Journal.create(_journal_path(self.target), header, reserve_bytes=reserve)
         for measurement in self.measurements:
             journal.append(measurement)
-        return journal
+        return self.target, journal
 
 
 def _refuse_other_machine(past: _Past, environment: Environment) -> None:

@@ -199,7 +199,9 @@ def _collapse_notes(requested: list[Settings], environment: Environment) -> list
         asked = {getattr(settings, name) for settings in requested}
         if axis.info.needs is None or asked == {axis.default}:
             continue
-        idle = [s for s in requested if getattr(collapse(s, environment), name) is None and getattr(s, name) is not None]
+        idle = [
+            s for s in requested if getattr(collapse(s, environment), name) is None and getattr(s, name) is not None
+        ]
         if not idle:
             continue
         left = {case_key(collapse(s, environment)) for s in idle}

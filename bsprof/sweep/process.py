@@ -83,7 +83,6 @@ class Reply(NamedTuple):
     wall_s: float
 
 
-
 def call(
     target: str,
     payload: bytes,
@@ -135,7 +134,7 @@ def _await(
         ready = wait([pipe, process.sentinel], timeout)
         if pipe in ready:
             try:
-                message = msgspec.json.decode(pipe.recv_bytes(), type=_Messages)
+                message: _Messages = msgspec.json.decode(pipe.recv_bytes(), type=_Messages)
             except (EOFError, OSError):
                 process.join(TICK_S)
                 return None
@@ -184,6 +183,8 @@ def _understand(
 def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, log: str, directory: str) -> None:
     """Run `target` in a session of its own, its output in `log`, and end when the parent does."""
     os.setsid()
+    # A fork server's children would start their own workers from fork servers too, which is not what a user's script does.
+    multiprocessing.set_start_method(None, force=True)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -118,9 +118,7 @@ class ProcessExecutor:
         oom_kills = (cgroup.oom_kills() or 0) - (kills_before or 0)
         outcome = death_outcome(reply.death, stage, plan.deadline_s, oom_kills)
         evidence = {**outcome.evidence, "steps": steps}
-        return Measurement(
-            case=case, outcome=msgspec.structs.replace(outcome, evidence=evidence), wall_s=reply.wall_s
-        )
+        return Measurement(case=case, outcome=msgspec.structs.replace(outcome, evidence=evidence), wall_s=reply.wall_s)
 
 
 def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -> Outcome:
