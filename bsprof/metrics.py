@@ -1,0 +1,443 @@
+"""Everything that is derived from raw samples, as one registry.
+
+A metric is one entry of `METRICS`: its unit, which way is better, what it means and how it is computed from
+one process's samples. `summarise` groups the processes of each case and combines their values. All times are
+in seconds, all shares and ratios are fractions; `None` means 'not captured' and never stands for 0.
+
+Medians and their intervals describe the *step*. Phases are *means* over the steady steps, because only means
+add up: phases + other = mean step. (A wait that falls on every fourth step has a median of zero.)
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bsprof import stats
+from bsprof.model import AXES, PHASES, Block, Case, Facts, Measurement, Note, Result, Samples, Settings, Startup
+from bsprof.stats import Estimate
+
+Value = Estimate | float | None
+Unit = Literal["s", "1/s", "share", "count"]
+Floats = npt.NDArray[np.float64]
+
+
+class Reading:
+    """The samples of one process as arrays, each converted once and only if a metric asks for it.
+
+    The *primary clock* is the device's where it was captured, else the host's. Steady steps are all steps but
+    those in which an epoch ended.
+    """
+
+    def __init__(self, samples: Samples, startup: Startup | None = None) -> None:
+        self.samples = samples
+        self.startup = startup
+        self.has_device_clock = samples.device_step_ns is not None
+
+    @cached_property
+    def _steady(self) -> npt.NDArray[np.bool_]:
+        steady = np.ones(len(self.samples.step_ns), dtype=np.bool_)
+        steady[self.samples.epoch_boundaries] = False
+        return steady
+
+    def _seconds(self, ns: list[int]) -> Floats:
+        return np.asarray(ns, dtype=np.float64)[self._steady] * 1e-9
+
+    def _means(self, phases: dict[str, list[int]]) -> dict[str, float]:
+        return {phase: float(self._seconds(ns).mean()) for phase, ns in phases.items()} if self._steady.any() else {}
+
+    @cached_property
+    def step(self) -> Floats:
+        """Steady step times on the primary clock, in seconds."""
+        device = self.samples.device_step_ns
+        return self._seconds(self.samples.step_ns if device is None else device)
+
+    @cached_property
+    def median(self) -> Estimate | None:
+        """Median step with its 95 % interval at the effective sample size, within this process."""
+        return stats.median(self.step) if self.step.size else None
+
+    @cached_property
+    def mean(self) -> float | None:
+        """Mean step in seconds: what phases and `other` add up to."""
+        return float(self.step.mean()) if self.step.size else None
+
+    @cached_property
+    def host(self) -> dict[str, float]:
+        """Mean host seconds of each phase in a steady step."""
+        return self._means(self.samples.host_ns)
+
+    @cached_property
+    def device(self) -> dict[str, float]:
+        """Mean device seconds of each phase in a steady step; empty where the device has no clock of its own."""
+        return self._means(self.samples.device_ns or {})
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Mean seconds of each phase on the primary clock."""
+        return self.device if self.has_device_clock else self.host
+
+    @cached_property
+    def distortion(self) -> Estimate | None:
+        """What recording adds to a step, as a fraction: instrumented / bare - 1, over neighbouring blocks."""
+        pairs = _neighbours(self.samples.blocks)
+        if not pairs:
+            return None
+        return _excess(stats.paired_ratio([a for a, _ in pairs], [b for _, b in pairs]))
+
+
+def _excess(ratio: Estimate) -> Estimate:
+    """Return the estimate of ratio - 1."""
+    low, high = (None if bound is None else bound - 1 for bound in (ratio.low, ratio.high))
+    return ratio._replace(value=ratio.value - 1, low=low, high=high)
+
+
+def _between_excesses(values: list[float]) -> Estimate:
+    return _excess(stats.between([1 + value for value in values]))
+
+
+def _neighbours(blocks: Sequence[Block]) -> list[tuple[float, float]]:
+    """Nanoseconds a step of each (instrumented, bare) pair of neighbours; no block is used twice."""
+    pairs: list[tuple[float, float]] = []
+    waiting: Block | None = None
+    for block in blocks:
+        if block.steps < 1 or block.wall_ns < 1:
+            waiting = None
+        elif waiting is None or waiting.kind == block.kind:
+            waiting = block
+        else:
+            both = {one.kind: one.wall_ns / one.steps for one in (waiting, block)}
+            pairs.append((both["instrumented"], both["bare"]))
+            waiting = None
+    return pairs
+
+
+# --- how each metric is computed from one process ------------------------------------------------------
+
+
+def _quantile(p: float, reading: Reading) -> Value:
+    return float(stats.quantile(reading.step, p)) if reading.step.size else None
+
+
+def _throughput(reading: Reading) -> Value:
+    step, batch = reading.median, reading.samples.batch_size
+    if step is None or batch is None or step.value <= 0:
+        return None
+    return step._replace(
+        value=batch / step.value,
+        low=batch / step.high if step.high else None,
+        high=batch / step.low if step.low else None,
+    )
+
+
+def _other(reading: Reading) -> Value:
+    return None if reading.mean is None else reading.mean - sum(reading.phases.values())
+
+
+def _hidden(reading: Reading) -> Value:
+    wait, stall = reading.host.get("data"), reading.phases.get("data")
+    return None if wait is None or stall is None else wait - stall
+
+
+def _of_mean_step(seconds: Value, reading: Reading) -> Value:
+    return float(seconds) / reading.mean if isinstance(seconds, float) and reading.mean else None
+
+
+def _residual(reading: Reading) -> Value:
+    """Outside check: the blocks are timed by clock reads of their own, so phases must account for all of it."""
+    samples = reading.samples
+    blocks = [block for block in samples.blocks if block.kind == "instrumented"]
+    wall = sum(block.wall_ns for block in blocks)
+    if not wall or sum(block.steps for block in blocks) != len(samples.step_ns):
+        return None
+    return (wall - sum(sum(ns) for ns in samples.host_ns.values())) / wall
+
+
+def _recorder(reading: Reading) -> Value:
+    cost = reading.samples.recorder_ns_per_step
+    return None if cost is None else cost * 1e-9
+
+
+def _recorder_share(reading: Reading) -> Value:
+    cost = _recorder(reading)
+    return cost / reading.median.value if isinstance(cost, float) and reading.median else None
+
+
+def _faults(reading: Reading) -> Value:
+    samples = reading.samples
+    steps = sum(block.steps for block in samples.blocks) or len(samples.step_ns)
+    return samples.counters.minor_faults / steps if samples.counters and steps else None
+
+
+def _warmup(reading: Reading) -> Value:
+    return sum(reading.samples.warmup_ns) * 1e-9 if reading.samples.warmup_ns else None
+
+
+def _first_step(reading: Reading) -> Value:
+    return reading.samples.warmup_ns[0] * 1e-9 if reading.samples.warmup_ns else None
+
+
+def _startup(field: str, reading: Reading) -> Value:
+    ns = getattr(reading.startup, field) if reading.startup else None
+    return None if ns is None else ns * 1e-9
+
+
+def _epoch_boundary(reading: Reading) -> Value:
+    startup = reading.startup
+    if startup is None or not startup.epoch_end_ns or not startup.epoch_start_ns:
+        return None
+    pairs = zip(startup.epoch_end_ns, startup.epoch_start_ns, strict=False)  # the last end may have no start after it
+    return float(np.median([end + start for end, start in pairs])) * 1e-9
+
+
+# --- the registry --------------------------------------------------------------------------------------
+
+
+class Metric(NamedTuple):
+    """One derived quantity: how it is named, read, computed in one process, and combined over several.
+
+    `across` says what the values of several processes become: an estimate whose unit of inference is the process,
+    a total, or by default the plain mean (for what may be zero or negative, and for context).
+    """
+
+    key: str
+    label: str
+    unit: Unit
+    better: Literal["lower", "higher"] | None
+    describe: str
+    compute: Callable[[Reading], Value]
+    across: Callable[[list[float]], Value] = statistics.fmean
+
+
+_METRICS = (
+    Metric("step", "step", "s", "lower", "median time of a steady step", lambda r: r.median, stats.between),
+    Metric("step_mean", "mean step", "s", "lower", "mean time of a steady step: phases + other", lambda r: r.mean),
+    Metric("step_p10", "p10", "s", "lower", "10 % of steady steps are faster", partial(_quantile, 0.1)),
+    Metric("step_p90", "p90", "s", "lower", "10 % of steady steps are slower", partial(_quantile, 0.9)),
+    Metric("step_min", "min", "s", "lower", "the fastest steady step", partial(_quantile, 0.0)),
+    Metric("throughput", "samples/s", "1/s", "higher", "batch size / median step", _throughput, stats.between),
+    Metric("wait", "data wait", "s", "lower", "host time in next()", lambda r: r.host.get("data")),
+    Metric("stall", "data stall", "s", "lower", "time the device ran dry for data", lambda r: r.phases.get("data")),
+    Metric("hidden", "hidden wait", "s", None, "wait the device did not feel: wait - stall", _hidden),
+    Metric(
+        "stall_share",
+        "stall",
+        "share",
+        "lower",
+        "stall as a share of the mean step",
+        lambda r: _of_mean_step(r.phases.get("data"), r),
+    ),
+    Metric("other", "other", "s", None, "mean step - sum of its phases, signed", _other),
+    Metric(
+        "other_share",
+        "other",
+        "share",
+        None,
+        "other as a share of the mean step, signed",
+        lambda r: _of_mean_step(_other(r), r),
+    ),
+    Metric("residual", "residual", "share", None, "(outside wall time - all phases) / wall time, signed", _residual),
+    Metric(
+        "distortion",
+        "distortion",
+        "share",
+        "lower",
+        "instrumented / bare - 1, over neighbouring blocks",
+        lambda r: r.distortion,
+        _between_excesses,
+    ),
+    Metric("recorder", "recorder", "s", "lower", "the recorder's own cost in a step, measured alone", _recorder),
+    Metric("recorder_share", "recorder", "share", "lower", "the recorder's own cost / median step", _recorder_share),
+    Metric(
+        "precision",
+        "precision",
+        "share",
+        "lower",
+        "relative half-width of the step's interval within a process",
+        lambda r: r.median.precision if r.median else None,
+    ),
+    Metric("steps", "steps", "count", None, "steady steps measured", lambda r: float(r.step.size), math.fsum),
+    Metric(
+        "effective_steps",
+        "effective steps",
+        "count",
+        None,
+        "independent steps they are worth",
+        lambda r: float(r.median.effective) if r.median else None,
+        math.fsum,
+    ),
+    Metric("minor_faults", "faults/step", "count", "lower", "minor page faults a step", _faults),
+    Metric("first_step", "first step", "s", "lower", "the first, cold step", _first_step),
+    Metric(
+        "warmup_steps",
+        "warm-up steps",
+        "count",
+        "lower",
+        "steps before the steady state",
+        lambda r: float(len(r.samples.warmup_ns)) or None,
+    ),
+    Metric("warmup", "warm-up", "s", "lower", "time before the steady state", _warmup),
+    Metric("process", "process", "s", "lower", "from request to the case's own code", partial(_startup, "process_ns")),
+    Metric("build", "build", "s", "lower", "building model, data set and optimizer", partial(_startup, "build_ns")),
+    Metric("iterator", "iterator", "s", "lower", "iter(loader): starting workers", partial(_startup, "iterator_ns")),
+    Metric("first_batch", "first batch", "s", "lower", "the first next()", partial(_startup, "first_batch_ns")),
+    Metric("epoch_boundary", "epoch end", "s", "lower", "last next() + iter() + first next()", _epoch_boundary),
+    # What the founding experiments printed, by their names: train-and-load time and load time, a batch.
+    Metric("train_and_load", "time per batch", "s", "lower", "the step by its name", lambda r: r.median, stats.between),
+    Metric("load", "load time", "s", "lower", "data wait by its name", lambda r: r.host.get("data")),
+)
+
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _METRICS}
+"""Every metric by key, but for those of single phases: see `phase_metrics`."""
+
+
+def phase_metrics(phase: str) -> dict[str, Metric]:
+    """Return the metrics of one phase, by key: `NAME.time`, `NAME.share`, `NAME.host`, `NAME.device`."""
+
+    def share(reading: Reading) -> Value:
+        return _of_mean_step(reading.phases.get(phase), reading)
+
+    entries = (
+        Metric(f"{phase}.time", phase, "s", "lower", "mean, primary clock", lambda r: r.phases.get(phase)),
+        Metric(f"{phase}.share", phase, "share", None, "share of the mean step", share),
+        Metric(f"{phase}.host", f"{phase} host", "s", "lower", "mean, host clock", lambda r: r.host.get(phase)),
+        Metric(f"{phase}.device", f"{phase} device", "s", "lower", "mean, device", lambda r: r.device.get(phase)),
+    )
+    return {metric.key: metric for metric in entries}
+
+
+def find_metric(key: str) -> Metric:
+    """Return the metric named `key`, of a step or of a phase. Raises KeyError for an unknown one."""
+    if key in METRICS:
+        return METRICS[key]
+    return phase_metrics(key.rpartition(".")[0])[key]
+
+
+# --- cases ---------------------------------------------------------------------------------------------
+
+
+class CaseSummary:
+    """The processes of one case, and every metric of it, computed when asked for.
+
+    Figures come from the processes that ended well; where none did, from whatever steps were recorded before
+    the end (`ok` tells them apart).
+    """
+
+    def __init__(self, measurements: Sequence[Measurement]) -> None:
+        self.measurements = tuple(sorted(measurements, key=lambda one: one.case.process))
+        self.case: Case = self.measurements[0].case
+        self.failures = [one for one in self.measurements if one.outcome.kind != "ok"]
+        usable = [one for one in self.measurements if one.samples is not None and one.samples.step_ns]
+        self.ok = any(one.outcome.kind == "ok" for one in usable)
+        measured = [one for one in usable if one.outcome.kind == "ok"] or usable
+        self.readings = [Reading(one.samples, one.startup) for one in measured if one.samples is not None]
+        self._values: dict[str, Value] = {}
+
+    @property
+    def settings(self) -> Settings | None:
+        """The case's settings; `None` for a user's own loop."""
+        return self.case.settings
+
+    @property
+    def facts(self) -> Facts | None:
+        """What was in force in the first process that told."""
+        return next((one.facts for one in self.measurements if one.facts is not None), None)
+
+    @property
+    def notes(self) -> list[Note]:
+        """The distinct notes of all its processes, in order."""
+        return list(dict.fromkeys(note for one in self.measurements for note in one.notes))
+
+    @property
+    def steady(self) -> bool:
+        """Whether every process reached a steady state."""
+        return all(reading.samples.steady for reading in self.readings)
+
+    @cached_property
+    def phases(self) -> list[str]:
+        """The phases recorded, bsprof's own first and in their order."""
+        return order_phases(phase for reading in self.readings for phase in reading.phases)
+
+    @cached_property
+    def spread(self) -> float | None:
+        """Spread of the median step between processes, as a fraction; `None` with fewer than two."""
+        medians = [reading.median.value for reading in self.readings if reading.median]
+        return stats.spread(medians) if len(medians) > 1 else None
+
+    def __getitem__(self, key: str) -> Value:
+        """Return a metric over all processes: between them where there are two or more, else within the one.
+
+        Raises KeyError for an unknown metric.
+        """
+        if key not in self._values:
+            self._values[key] = self._combine(find_metric(key))
+        return self._values[key]
+
+    def _combine(self, metric: Metric) -> Value:
+        values = [value for value in map(metric.compute, self.readings) if value is not None]
+        if len(values) < 2:
+            return values[0] if values else None
+        return metric.across([point(value) for value in values])
+
+    def value(self, key: str) -> float | None:
+        """Return a metric's value without its interval."""
+        value = self[key]
+        return None if value is None else point(value)
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """Return a metric's 95 % interval, or `None` where it has none."""
+        value = self[key]
+        if not isinstance(value, Estimate) or value.low is None or value.high is None:
+            return None
+        return value.low, value.high
+
+
+def point(value: Estimate | float) -> float:
+    """Return the value of an estimate, or the plain number."""
+    return value.value if isinstance(value, Estimate) else value
+
+
+def order_phases(phases: Iterable[str]) -> list[str]:
+    """Return distinct phases: bsprof's own in their order, then a user's in order of appearance."""
+    found = dict.fromkeys(phases)
+    return [phase for phase in PHASES if phase in found] + [phase for phase in found if phase not in PHASES]
+
+
+def varying_axes(settings: Iterable[Settings | None]) -> list[str]:
+    """Return the axes with more than one value, in table order.
+
+    Null is no value of an axis that means nothing everywhere (`prefetch` at 0 workers), so it does not make one vary.
+    """
+    known = [one for one in settings if one is not None]
+    return [name for name in AXES if len(axis_values(name, known)) > 1]
+
+
+def axis_values(name: str, settings: Iterable[Settings]) -> set[Any]:
+    """Return the distinct values of an axis, without the null that says it means nothing there."""
+    values = {getattr(one, name) for one in settings}
+    return values - {None} if AXES[name].info.needs else values
+
+
+def _place(summary: CaseSummary) -> list[tuple[int, float, str]]:
+    """Where a case stands in a table: by its settings, numbers by size, nulls first."""
+
+    def rank(value: object) -> tuple[int, float, str]:
+        if value is None:
+            return 0, 0.0, ""
+        return (1, float(value), "") if isinstance(value, int | float) else (2, 0.0, str(value))
+
+    return [rank(getattr(summary.settings, name)) for name in AXES] if summary.settings else []
+
+
+def summarise(result: Result) -> list[CaseSummary]:
+    """Return one summary a case, its processes together, ordered by settings and not as they were measured."""
+    groups: dict[str, list[Measurement]] = {}
+    for measurement in result.measurements:
+        groups.setdefault(measurement.case.key, []).append(measurement)
+    return sorted((CaseSummary(group) for group in groups.values()), key=_place)

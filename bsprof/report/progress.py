@@ -1,0 +1,159 @@
+"""Live progress on stderr, drawn by the calls of whoever runs the sweep.
+
+There is no thread that redraws: beside a case the parent must stay idle, so the live area changes only inside
+`advanced` and `tick`, and at most once a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from bsprof.metrics import CaseSummary
+from bsprof.model import Case, Measurement
+from bsprof.report.figures import case_name, duration, percent, plural, rate
+
+_REDRAW_S = 1.0
+_BAR_WIDTH = 30
+_STAGES = {
+    "starting": "starting",
+    "build": "building",
+    "warmup": "warming up",
+    "measure": "measuring",
+    "epoch": "crossing an epoch",
+}
+
+
+class Progress:
+    """What a sweep is doing: a live area on a terminal, one line a finished case anywhere.
+
+    `cases` are those still to be measured, `varying` the axes that tell them apart, `expected_s` the time all of them
+    may take and `target` the precision asked for. Use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        cases: Sequence[Case],
+        varying: Sequence[str],
+        expected_s: float,
+        target: float | None = None,
+    ) -> None:
+        self._console = console
+        self._total = len(cases)
+        self._varying = list(varying)
+        self._repeated = len({case.process for case in cases}) > 1
+        self._expected_s = expected_s
+        self._target = target
+        self._done = 0
+        self._began = self._case_began = self._drawn = time.monotonic()
+        self._status: tuple[str, str, int, float | None] | None = None
+        is_live = console.is_terminal and not console.is_dumb_terminal
+        # stdout may be redirected to a file or be the result itself: the live area must not capture it.
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+            if is_live
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        self._began = self._case_began = time.monotonic()
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.update(Text(""))
+            self._live.stop()
+
+    def started(self, case: Case) -> None:
+        """Say that a case was asked for."""
+        self._case_began = time.monotonic()
+        self._status = (self._name(case), "starting", 0, None)
+        self._draw()
+
+    def advanced(self, case: Case, stage: str, steps: int, precision: float | None) -> None:
+        """Say how far a case is: its stage, the steps measured so far and the precision they have reached."""
+        self._status = (self._name(case), stage, steps, precision)
+        self.tick()
+
+    def tick(self) -> None:
+        """Let the clocks move on; redraws if the last drawing is a second old."""
+        if time.monotonic() - self._drawn >= _REDRAW_S:
+            self._draw()
+
+    def finished(self, measurement: Measurement) -> None:
+        """Leave one line for a case that has ended."""
+        self._done += 1
+        self._status = None
+        self._print(self._line(measurement))
+        self._draw()
+
+    def note(self, text: str) -> None:
+        """Leave a line of text."""
+        self._print(Text(text))
+
+    # --- drawing ----------------------------------------------------------------------------------------
+
+    def _name(self, case: Case) -> str:
+        return case_name(case, self._varying) + (f", process {case.process + 1}" if self._repeated else "")
+
+    def _line(self, measurement: Measurement) -> Text:
+        summary, outcome = CaseSummary([measurement]), measurement.outcome
+        text = Text.assemble((f"[{self._done}/{self._total}] ", "dim"), self._name(measurement.case), ": ")
+        if outcome.kind != "ok":
+            text.append(outcome.kind, "bold red")
+            message = (outcome.message or "").strip().partition("\n")[0]
+            return text.append(f": {message}") if message else text
+        text.append(duration(summary.value("step")), "bold")
+        text.append(f" ±{percent(summary.value('precision'))}" if summary["precision"] is not None else "")
+        if summary["throughput"] is not None:
+            text.append(f", {rate(summary.value('throughput'))} samples/s")
+        text.append(f" in {plural(len(summary.readings[0].step), 'step')}" if summary.readings else "", "dim")
+        return text.append(f", {measurement.wall_s:.0f} s", "dim")
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True, highlight=False)
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        if self._live:
+            self._live.update(self._area(), refresh=True)
+
+    def _area(self) -> Text:
+        now = time.monotonic()
+        text = Text(no_wrap=True, overflow="ellipsis")
+        if self._status:
+            name, stage, steps, precision = self._status
+            text.append(name, "bold").append(f"  {_STAGES.get(stage, stage)}", "cyan")
+            text.append(f"  {plural(steps, 'step')}" if steps else "")
+            if precision is not None:
+                reached = self._target is not None and precision <= self._target
+                text.append(f"  ±{percent(precision)}", "green" if reached else "yellow")
+                text.append(f" of ±{percent(self._target)} asked" if self._target is not None else "")
+            text.append(f"  {now - self._case_began:.0f} s", "dim")
+        filled = round(_BAR_WIDTH * self._done / self._total) if self._total else _BAR_WIDTH
+        text.append("\n").append("━" * filled, "green").append("━" * (_BAR_WIDTH - filled), "dim")
+        text.append(f"  {self._done}/{plural(self._total, 'case')}  {_clock(now - self._began)} elapsed")
+        return text.append(f", about {_clock(self._left_s(now))} left" if self._done < self._total else "")
+
+    def _left_s(self, now: float) -> float:
+        """Time left: the expectation counts as one case's worth of evidence beside the cases that are done."""
+        if not self._total:
+            return 0.0
+        expected = self._expected_s / self._total
+        a_case = (expected + self._case_began - self._began) / (1 + self._done) if self._done else expected
+        return max(a_case * (self._total - self._done) - min(now - self._case_began, a_case), 0.0)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

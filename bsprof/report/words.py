@@ -1,0 +1,347 @@
+"""What a result says, in sentences. Each is derived from figures, and none claims what intervals do not support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from bsprof.metrics import CaseSummary, summarise, varying_axes
+from bsprof.model import AXES, Result, Settings
+from bsprof.report.figures import case_name, duration, percent, plural, rate
+
+# TensorFlow's input-pipeline analyzer calls a program highly or moderately input-bound from these shares on.
+_HIGHLY, _MODERATELY = 0.20, 0.05
+_MANY_FAULTS = 1000
+"""Minor faults a step from which allocator settings alone are worth a test."""
+_RESIDUAL = 0.01
+"""Share of the wall time that may be left unexplained."""
+
+
+def summary(result: Result, cases: Sequence[CaseSummary] | None = None) -> list[str]:
+    """Return a result in plain words, one sentence or two a line.
+
+    It says what is fastest, what bounds that, what the loader costs, what to try next, how far the instrumentation
+    bent the numbers, and what failed. `cases` are the result's summaries where the caller has them already.
+    """
+    cases = summarise(result) if cases is None else cases
+    told = _Told(result, cases)
+    return [*told.fastest(), *told.bound(), *told.loader(), *told.next(), *told.distortion(), *told.failures()]
+
+
+class _Told:
+    """One result being told: its usable cases, the fastest of them, and how cases are named."""
+
+    def __init__(self, result: Result, cases: Sequence[CaseSummary]) -> None:
+        self.result = result
+        self.cases = cases
+        self.ok = [case for case in cases if case.ok and case["step"] is not None]
+        self.varying = varying_axes(case.settings for case in cases)
+        self.best = self._fastest()
+        self.unit = "img/s" if all(case.settings for case in cases) else "samples/s"
+
+    def _fastest(self) -> CaseSummary | None:
+        """Return the case of highest throughput; of the shortest step where batch sizes are not known."""
+        if not self.ok:
+            return None
+        if all(case.value("throughput") is not None for case in self.ok):
+            return max(self.ok, key=lambda case: case.value("throughput") or 0.0)
+        return min(self.ok, key=lambda case: case.value("step") or 0.0)
+
+    def name(self, case: CaseSummary) -> str:
+        return case_name(case.case, self.varying)
+
+    def _speed(self, case: CaseSummary) -> str:
+        throughput = case.value("throughput")
+        step = f"{duration(case.value('step'))} a step{_interval(case, 'step', duration)}"
+        return step if throughput is None else f"{rate(throughput)} {self.unit}, {step}"
+
+    # --- what is fastest, and why -----------------------------------------------------------------------
+
+    def fastest(self) -> Iterator[str]:
+        best = self.best
+        if best is None:
+            return
+        if len(self.ok) == 1:
+            yield f"{self.name(best)}: {self._speed(best)}, {_inference(best)}."
+            return
+        key = "throughput" if best["throughput"] is not None else "step"
+        equals = [case for case in self.ok if case is not best and not _differ(case, best, key)]
+        if equals:
+            names = _listed([self.name(case) for case in equals])
+            yield (
+                f"Fastest: {self.name(best)} with {self._speed(best)}, {_inference(best)}; "
+                f"not distinguishable from {names}."
+            )
+        else:
+            others = "the other case" if len(self.ok) == 2 else f"all {len(self.ok) - 1} others"
+            yield (
+                f"Fastest: {self.name(best)} with {self._speed(best)}, {_inference(best)}; "
+                f"its interval is clear of {others}."
+            )
+
+    def bound(self) -> Iterator[str]:
+        best = self.best
+        if best is None or not best.phases:
+            return
+        shares = {phase: best.value(f"{phase}.share") or 0.0 for phase in best.phases}
+        largest = max(shares, key=lambda phase: shares[phase])
+        stall = shares.get("data", 0.0)
+        cost = f"{percent(shares[largest])} of the step ({duration(best.value(f'{largest}.time'))})"
+        waits = f"waiting for data is {percent(stall)} of the step ({duration(best.value('stall'))})"
+        if stall >= _MODERATELY:
+            degree = "highly" if stall >= _HIGHLY else "moderately"
+            rest = "" if largest == "data" else f"; the largest phase is {largest}, {cost}"
+            yield f"It is {degree} input-bound: {waits}{rest}."
+        elif largest != "data":
+            wait = f"; {waits}" if "data" in shares else ""
+            yield f"It is bound by {largest}: {cost}{wait}."
+        hidden, wait_s = best.value("hidden"), best.value("wait")
+        if best.readings[0].has_device_clock and hidden is not None and wait_s and hidden > 0.01 * wait_s:
+            yield f"Of {duration(wait_s)} of waiting in next(), {duration(hidden)} is hidden behind the device's queue."
+
+    # --- the loader -------------------------------------------------------------------------------------
+
+    def loader(self) -> Iterator[str]:
+        best = self.best
+        if best is None or best.settings is None or best["wait"] is None:
+            return
+        group = self._siblings(best, "workers")
+        if len(group) < 2:
+            return
+        zero = group[0] if group[0].settings and group[0].settings.workers == 0 else None
+        if zero is not None:
+            yield self._cost_of_loading(zero, max(group[1:], key=lambda case: case.value("throughput") or 0.0))
+        for fewer, more in pairwise(group):
+            cut, longer = (fewer.value("wait") or 0.0) - (more.value("wait") or 0.0), _increase(fewer, more, "step")
+            if cut > 0 and longer is not None and longer > 0 and _differ(fewer, more, "step"):
+                yield (
+                    f"Going from {_workers(fewer)} to {_workers(more)} cut the wait by {duration(cut)} "
+                    f"but lengthened the step by {duration(longer)}: loading and training compete for the same cores."
+                )
+
+    def _cost_of_loading(self, zero: CaseSummary, best: CaseSummary) -> str:
+        share, with_workers = zero.value("stall_share"), best.value("stall_share")
+        text = (
+            f"Loading in the main process makes the step wait {duration(zero.value('stall'))} ({percent(share)}); "
+            f"with {_workers(best)} it waits {duration(best.value('stall'))} ({percent(with_workers)})"
+        )
+        before, after = zero.value("step"), best.value("step")
+        if before is None or after is None:
+            return text + "."
+        if not _differ(zero, best, "step"):
+            return f"{text}, and the steps are not distinguishable."
+        change = "shorter" if after < before else "longer"
+        return f"{text}, and the step is {percent(abs(after / before - 1))} {change}."
+
+    def _siblings(self, case: CaseSummary, axis: str) -> list[CaseSummary]:
+        """Return the cases that differ from `case` in nothing but `axis`, itself included, in the axis's order."""
+        alikes = [other for other in self.ok if _alike(case.settings, other.settings, axis)]
+        return sorted(alikes, key=lambda other: getattr(other.settings, axis))
+
+    # --- what to try next -------------------------------------------------------------------------------
+
+    def next(self) -> Iterator[str]:
+        if self.best is None:
+            return
+        advice = [*self._more_workers(self.best), *self._larger_batch(self.best), *self._surer(), *self._malloc()]
+        if advice:
+            yield "To try next: " + "; ".join(advice) + "."
+
+    def _more_workers(self, best: CaseSummary) -> Iterator[str]:
+        settings, facts, stall = best.settings, best.facts, best.value("stall_share")
+        if settings is None or stall is None or stall < _MODERATELY:
+            return
+        group = [case.settings.workers for case in self._siblings(best, "workers") if case.settings]
+        training = 1 if facts is None or facts.device != "cpu" else facts.threads
+        usable = self.result.environment.cores_usable
+        free = usable - training - settings.workers
+        if settings.workers < max(group):
+            return  # more were tried, and were no faster
+        if free > 0:
+            yield f"`--workers {settings.workers + free}` ({plural(free, 'more core')} may be free for loading)"
+        elif settings.workers:
+            yield (
+                f"cheaper loading, as smaller or pre-resized images: all {usable} usable cores are taken "
+                f"by {training} training and {settings.workers} loading"
+            )
+
+    def _larger_batch(self, best: CaseSummary) -> Iterator[str]:
+        if best.settings is None:
+            return
+        group = self._siblings(best, "batch_size")
+        if len(group) < 2:
+            return
+        smaller, larger = group[-2:]
+        gain = (larger.value("throughput") or 0.0) / (smaller.value("throughput") or 1.0) - 1
+        batch, failed = larger.settings.batch_size if larger.settings else 0, self._failed_batches(best)
+        grows = gain > 0 and _differ(smaller, larger, "throughput")
+        if grows and not any(size > batch for size in failed):
+            yield (
+                f"`--batch-size {2 * batch}` (from {smaller.settings.batch_size if smaller.settings else 0} "
+                f"to {batch} throughput still grew by {percent(gain)})"
+            )
+
+    def _failed_batches(self, best: CaseSummary) -> list[int]:
+        failed = [case.settings for case in self.cases if not case.ok and case.settings is not None]
+        return [one.batch_size for one in failed if _alike(one, best.settings, "batch_size")]
+
+    def _surer(self) -> Iterator[str]:
+        plan = self.result.plan
+        unsteady = [case for case in self.ok if not case.steady]
+        if unsteady:
+            yield (
+                f"a longer `--max-case-time`: {plural(len(unsteady), 'case')} of {len(self.ok)} "
+                f"{'was' if len(unsteady) == 1 else 'were'} not steady when warm-up ended"
+            )
+        if plan is None or plan.repeat > 1:
+            return
+        precisions = [case.value("precision") for case in self.ok]
+        short = [value for value in precisions if value is None or value > plan.stop.precision]
+        if short:
+            worst = max((value for value in short if value is not None), default=None)
+            reached = "no interval was reached" if worst is None else f"the widest is ±{percent(worst)}"
+            yield (
+                f"`--repeat 3`: {plural(len(short), 'case')} of {len(self.ok)} did not reach "
+                f"the precision of {percent(plan.stop.precision)} ({reached})"
+            )
+
+    def _malloc(self) -> Iterator[str]:
+        faulty = [case for case in self.ok if (case.value("minor_faults") or 0.0) > _MANY_FAULTS]
+        if not faulty:
+            return
+        worst = max(faulty, key=lambda case: case.value("minor_faults") or 0.0)
+        what = f"{worst.value('minor_faults') or 0:.0f} minor page faults a step in {self.name(worst)}"
+        if worst.facts is not None and worst.facts.malloc == "pinned":
+            yield f"fewer allocations a step: {what} although malloc was pinned"
+        else:
+            yield (
+                f"`--malloc pinned`: {what}; if it is faster, set MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ and "
+                "MALLOC_TOP_PAD_ for your own training as well"
+            )
+
+    # --- how far to trust it ----------------------------------------------------------------------------
+
+    def distortion(self) -> Iterator[str]:
+        parts = []
+        costs = [case for case in self.ok if case["recorder"] is not None]
+        if costs:
+            worst = max(costs, key=lambda case: case.value("recorder_share") or 0.0)
+            parts.append(
+                f"The recorder itself costs {duration(worst.value('recorder'))} a step, "
+                f"{percent(worst.value('recorder_share'))}{_at_most(costs)}"
+            )
+        known = [case for case in self.ok if case.interval("distortion") is not None]
+        if known:
+            clear = [case for case in known if _excludes_zero(case)]
+            worst = max(clear or known, key=lambda case: abs(case.value("distortion") or 0.0))
+            figure = percent(worst.value("distortion"), signed=True) + _interval(worst, "distortion", _signed)
+            where = f" ({self.name(worst)})" if len(known) > 1 else ""
+            if not clear:
+                parts.append(
+                    "instrumented and bare steps are not distinguishable"
+                    + (f" in any of {len(known)} cases" if len(known) > 1 else "")
+                    + f": {'the largest difference is ' if len(known) > 1 else ''}{figure}{where}"
+                )
+            else:
+                parts.append(
+                    f"instrumented steps differ from bare ones by {figure}{where}"
+                    + (f"; intervals exclude 0 in {len(clear)} of {len(known)} cases" if len(known) > 1 else "")
+                    + (", as 1 in 20 does by chance" if len(known) > 1 and len(clear) <= len(known) / 10 else "")
+                )
+        if parts:
+            yield _capital("; ".join(parts)) + "."
+        residuals = [case for case in self.ok if case["residual"] is not None]
+        if residuals:
+            worst = max(residuals, key=lambda case: abs(case.value("residual") or 0.0))
+            value = worst.value("residual") or 0.0
+            verdict = f", more than the {percent(_RESIDUAL)} it may be" if abs(value) > _RESIDUAL else ""
+            where = f" ({self.name(worst)})" if len(residuals) > 1 else ""
+            yield f"Phases account for the wall time to within {percent(value, signed=True)}{where}{verdict}."
+
+    def failures(self) -> Iterator[str]:
+        failed = [one for case in self.cases for one in case.failures]
+        if not failed:
+            if not self.cases:
+                yield "Nothing was measured."
+            elif not self.ok:
+                yield "No steps were recorded."
+            return
+        processes = sum(len(case.measurements) for case in self.cases)
+        noun = "process" if processes > len(self.cases) else "case"
+        plurals = "processes" if noun == "process" else "cases"
+        kinds: dict[str, list[Any]] = {}
+        for one in failed:
+            kinds.setdefault(one.outcome.kind, []).append(one)
+        told = []
+        for kind, members in kinds.items():
+            names = _listed(list(dict.fromkeys(case_name(one.case, self.varying) for one in members)))
+            message = (members[0].outcome.message or "").strip().partition("\n")[0].rstrip(".")
+            count = f"{len(members)} " if len(kinds) > 1 else ""
+            told.append(f"{count}{kind} ({names})" + (f": {message}" if message else ""))
+        whole = "All" if len(failed) == processes and processes > 1 else f"{len(failed)} of"
+        yield f"{whole} {plural(processes, noun, plurals)} failed: {'; '.join(told)}."
+
+
+# --- what intervals support ------------------------------------------------------------------------------
+
+
+def _differ(a: CaseSummary, b: CaseSummary, key: str) -> bool:
+    """Whether two intervals are disjoint; without both intervals nothing is claimed."""
+    first, second = a.interval(key), b.interval(key)
+    return first is not None and second is not None and (first[1] < second[0] or second[1] < first[0])
+
+
+def _increase(a: CaseSummary, b: CaseSummary, key: str) -> float | None:
+    before, after = a.value(key), b.value(key)
+    return None if before is None or after is None else after - before
+
+
+def _excludes_zero(case: CaseSummary) -> bool:
+    interval = case.interval("distortion")
+    return interval is not None and (interval[0] > 0 or interval[1] < 0)
+
+
+def _alike(a: Settings | None, b: Settings | None, but: str) -> bool:
+    """Whether two settings agree in all axes but one; where an axis means nothing in one of them, it is no difference."""
+
+    def agree(name: str) -> bool:
+        values = getattr(a, name), getattr(b, name)
+        return values[0] == values[1] or (AXES[name].info.needs is not None and None in values)
+
+    return a is not None and b is not None and all(name == but or agree(name) for name in AXES)
+
+
+def _interval(case: CaseSummary, key: str, write: Callable[[float], str]) -> str:
+    interval = case.interval(key)
+    return "" if interval is None else f" [{write(interval[0])}, {write(interval[1])}]"
+
+
+def _inference(case: CaseSummary) -> str:
+    """Say what the interval is over: the unit of inference between runs is the process."""
+    if case.interval("step") is None:
+        return "too few steps for an interval"
+    count = len(case.readings)
+    return f"between {count} processes" if count > 1 else "within one process"
+
+
+def _workers(case: CaseSummary) -> str:
+    return plural(case.settings.workers, "worker") if case.settings else ""
+
+
+def _at_most(cases: Sequence[CaseSummary]) -> str:
+    return " at most" if len(cases) > 1 else " of it"
+
+
+def _signed(share: float) -> str:
+    return percent(share, signed=True)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    rest = len(names) - most
+    shown = "; ".join(names[:most])
+    return f"{shown} and {rest} more" if rest > 0 else shown
