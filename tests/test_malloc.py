@@ -23,7 +23,7 @@ def faults(mebibytes, steps=10):
     '''Allocate, fill and free as a training step does with its activations.'''
     def step():
         torch.ones(mebibytes * 2**20 // 4).sum().item()
-    for _ in range(3):
+    for _ in range(20):  # the heap finds its size within the first few
         step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(steps):
