@@ -112,7 +112,7 @@ def _neighbours(blocks: Sequence[Block]) -> list[tuple[float, float]]:
         elif waiting is None or waiting.kind == block.kind:
             waiting = block
         else:
-            both = {one.kind: one.wall_ns / one.steps for one in (waiting, block)}
+            both = {one.kind: (one.device_wall_ns or one.wall_ns) / one.steps for one in (waiting, block)}
             pairs.append((both["instrumented"], both["bare"]))
             waiting = None
     return pairs
@@ -153,10 +153,11 @@ def _residual(reading: Reading) -> Value:
     """Outside check: the blocks are timed by clock reads of their own, so phases must account for all of it."""
     samples = reading.samples
     blocks = [block for block in samples.blocks if block.kind == "instrumented"]
-    wall = sum(block.wall_ns for block in blocks)
+    wall = sum(block.device_wall_ns or block.wall_ns for block in blocks)
     if not wall or sum(block.steps for block in blocks) != len(samples.step_ns):
         return None
-    return (wall - sum(sum(ns) for ns in samples.host_ns.values())) / wall
+    phases = samples.host_ns if samples.device_ns is None else samples.device_ns
+    return (wall - sum(map(sum, phases.values()))) / wall
 
 
 def _recorder(reading: Reading) -> Value:

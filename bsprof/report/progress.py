@@ -33,22 +33,21 @@ _STAGES = {
 class Progress:
     """What a sweep is doing: a live area on a terminal, one line a finished case anywhere.
 
-    `cases` are those still to be measured, `varying` the axes that tell them apart, `expected_s` the time all of them
+    `cases` are still to be measured, `varying` the axes that tell them apart, `expected_s` the time all of them
     may take and `target` the precision asked for. Use it as a context manager.
     """
 
     def __init__(
         self,
         console: Console,
-        cases: Sequence[Case],
+        cases: int,
         varying: Sequence[str],
         expected_s: float,
         target: float | None = None,
     ) -> None:
         self._console = console
-        self._total = len(cases)
+        self._total = cases
         self._varying = list(varying)
-        self._repeated = len({case.process for case in cases}) > 1
         self._expected_s = expected_s
         self._target = target
         self._done = 0
@@ -105,7 +104,7 @@ class Progress:
     # --- drawing ----------------------------------------------------------------------------------------
 
     def _name(self, case: Case) -> str:
-        return case_name(case, self._varying) + (f", process {case.process + 1}" if self._repeated else "")
+        return case_name(case, self._varying) + (f", process {case.process + 1}" if case.process else "")
 
     def _line(self, measurement: Measurement) -> Text:
         summary, outcome = CaseSummary([measurement]), measurement.outcome

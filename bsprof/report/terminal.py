@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bsprof.metrics import CaseSummary, axis_values, order_phases, summarise, varying_axes
-from bsprof.model import AXES, Accelerator, Case, Environment, Facts, Measurement, Result, Settings
+from bsprof.model import AXES, Accelerator, Case, Check, Environment, Facts, Measurement, Result, Settings
 from bsprof.report import figures, words
 from bsprof.report.figures import MISSING
 
@@ -19,6 +19,11 @@ _PHASE_COLOURS = {"data": "yellow", "h2d": "magenta", "forward": "green", "backw
 _BAR_WIDTH = 24
 _NEGLIGIBLE = 0.0005
 """A phase below this share in every case gets words instead of a column."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console on stdout or stderr; it honours NO_COLOR and the width of the terminal."""
+    return Console(stderr=stderr, highlight=False)
 
 
 # --- a grid of text --------------------------------------------------------------------------------------
@@ -532,3 +537,25 @@ def render_catalogue(entries: Iterable[tuple[str, str, str]], console: Console) 
         console.print(Text(kind, "bold"))
         for name, summary in group:
             _print_line(console, Text.assemble("  ", (f"{name:<{width}}", "cyan"), f"  {summary}".rstrip()))
+
+
+def render_selftest(checks: Sequence[Check], console: Console) -> None:
+    """Print what was planted in each phase, what came back there, and what leaked elsewhere."""
+    milliseconds = 1e6
+    columns = [
+        _column("planted in", (check.phase for check in checks), right=False),
+        _column("planted ms", (f"{check.planted_ns / milliseconds:.3f}" for check in checks)),
+        _column("found ms", (f"{check.found_ns / milliseconds:.3f}" for check in checks)),
+        _column(
+            "largest leak ms",
+            (f"{check.leaked_ns / milliseconds:+.3f} into {check.leaked_into}" for check in checks),
+        ),
+        _column("residual ms", (f"{check.residual_ns / milliseconds:+.4f}" for check in checks)),
+        _column("", (Text("ok", "green") if check.passed else Text("WRONG", "bold red") for check in checks)),
+    ]
+    _print_grid(console, columns, {}, 1)
+    console.print()
+    tolerance = max(check.tolerance_ns for check in checks) / milliseconds
+    wrong = [check.phase for check in checks if not check.passed]
+    verdict = f"wrong in {', '.join(wrong)}" if wrong else "every delay came back where it was planted"
+    _print_words(console, f"{verdict}, to within {tolerance:.3f} ms (the larger of 1 % and 0.1 ms)")

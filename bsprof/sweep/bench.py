@@ -21,7 +21,7 @@ from bsprof.model import AXES, Environment, Measurement, Note, Plan, Result
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.plan import Expansion, expand, expected_s, make_plan, parse_values
-from bsprof.sweep.runner import ProcessExecutor, Swept, describe_environment, prepare, sweep
+from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, describe_environment, prepare, sweep
 
 RESERVE_BYTES_PER_CASE = 200_000
 """Room that a case's samples may take on disk; reserved before measuring, so that a full disk is known then."""
@@ -61,7 +61,7 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         notices.print(f"note: {note.text}", highlight=False)
     if dry_run:
         terminal.render_cases(
-            expansion.cases, expansion.varying, expected_s(plan, len(expansion.cases)), terminal.console()
+            expansion.cases, f"at most {expected_s(plan, len(expansion.cases)):.0f} s", terminal.console()
         )
         return Exit.DONE
     with notices.status("preparing the data") if notices.is_terminal else contextlib.nullcontext():
@@ -77,9 +77,10 @@ def _measure(
     reserve = len(expansion.cases) * RESERVE_BYTES_PER_CASE
     target, journal = past.reopen(header, reserve) if past else _open_journal(request.output, header, reserve)
     notices = terminal.console(stderr=True)
+    done = past.finished() if past else []
     with journal:
-        with Progress(notices, expansion.cases, expansion.varying, expected_s(plan, len(expansion.cases))) as progress:
-            done = past.measurements if past else []
+        left = len(expansion.cases) - len(done)
+        with Progress(notices, left, expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
             swept = sweep(expansion.cases, plan, ProcessExecutor(), journal, progress, done)
         result = Result(
             created=created,
@@ -89,24 +90,28 @@ def _measure(
             wall_s=time.monotonic() - started,
             notes=tuple(expansion.notes),
         )
-        to_stdout = request.output == "-"
-        terminal.render(result, terminal.console(stderr=to_stdout))
+        terminal.render(result, terminal.console(stderr=request.output == "-"))
         if swept.failure:
             raise swept.failure
-        if to_stdout:
+        if request.output == "-":
             sys.stdout.buffer.write(store.encode(result) + b"\n")
             sys.stdout.buffer.flush()
-        else:
+        if request.output != "-" or swept.interrupted:
             store.save(result, target)
-            notices.print(f"saved {target}", highlight=False, soft_wrap=True)
+            notices.print(f"\nsaved {target}", highlight=False, soft_wrap=True)
         journal.discard()
     return _exit_code(swept, target, notices)
 
 
 def _exit_code(swept: Swept, target: Path, notices: Any) -> int:
     if swept.interrupted:
-        left = sum(m.outcome.kind in ("interrupted", "skipped") for m in swept.measurements)
-        notices.print(f"interrupted: {left} cases are left; bsprof bench --resume {target} measures them")
+        left = sum(m.outcome.kind in UNFINISHED for m in swept.measurements)
+        notices.print(
+            f"interrupted: {left} of {len(swept.measurements)} cases are left; to measure them:\n"
+            f"  bsprof bench --resume {target}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return Exit.INTERRUPTED
     if not any(m.outcome.kind == "ok" for m in swept.measurements):
         return Exit.USAGE
@@ -235,12 +240,16 @@ class _Past(NamedTuple):
             )
         return cls(path, target, result.created, result.plan, result.environment, result.measurements, None)
 
+    def finished(self) -> list[Measurement]:
+        """Return the cases that need not be measured again."""
+        return [m for m in self.measurements if m.outcome.kind not in UNFINISHED]
+
     def reopen(self, header: store.Header, reserve: int) -> tuple[Path, store.Journal]:
         """Return the result's path and the journal to go on with; a saved result becomes a journal again."""
         if self.journal:
             return self.target, self.journal
         journal = store.Journal.create(_journal_path(self.target), header, reserve_bytes=reserve)
-        for measurement in self.measurements:
+        for measurement in self.finished():
             journal.append(measurement)
         return self.target, journal
 

@@ -14,6 +14,10 @@ from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, S
 from bsprof.sweep.process import Death, Progressed, call
 
 
+UNFINISHED = ("interrupted", "skipped")
+"""Outcomes of a case that is still to be measured."""
+
+
 class Executor(Protocol):
     """Measures one case. The real one starts a process; tests put a fake in its place."""
 
@@ -59,7 +63,7 @@ def sweep(
 
     A case that ran is done, however it ended; one that was interrupted or skipped is not.
     """
-    kept = {_point(m.case): m for m in done if m.outcome.kind not in ("interrupted", "skipped")}
+    kept = {_point(m.case): m for m in done if m.outcome.kind not in UNFINISHED}
     interrupted, failure = False, None
     for case in cases:
         if _point(case) in kept:
