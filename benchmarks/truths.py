@@ -26,7 +26,7 @@ import psutil
 from bsprof import metrics, store
 from bsprof.model import Case, Measurement, Outcome, Result, Samples, Settings
 
-BSPROF = (sys.executable, "-m", "bsprof.cli")
+BSPROF = (sys.executable, "-m", "bsprof")
 
 
 class Verdicts:

@@ -114,7 +114,7 @@ def commands() -> None:
 def bench(
     plan_file: Path | None, quick: bool, dry_run: bool, resume: Path | None, output: str | None, **flags: Any
 ) -> int:
-    """Measure where a training step's time goes, across batch size, workers and any other axis.
+    """Measure where a step's time goes, over any axes.
 
     Every axis takes a list, and all combinations are measured, each in a process of its own. Without arguments:
     MobileNetV2 on generated JPEG files, with batch sizes and workers that fit this machine.
@@ -138,7 +138,7 @@ def show(result: Path) -> None:
 @commands.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env(as_json: bool) -> None:
-    """Print the machine and the software that numbers depend on."""
+    """Print the machine and its software."""
     from bsprof.sweep.runner import describe_environment
 
     environment = describe_environment(str(Path.cwd()))
@@ -163,14 +163,13 @@ def workloads() -> None:
 
 @commands.command()
 def selftest() -> int:
-    """Plant known delays in each phase and check that they come back where they were put."""
+    """Plant known delays and check that they come back.
+
+    A delay is put into each phase of the real step loop in turn, and must be found there and nowhere else.
+    """
     from bsprof.report import terminal
     from bsprof.sweep.runner import check_clocks
 
     checks = check_clocks()
     terminal.render_selftest(checks, terminal.console())
     return Exit.DONE if all(check.passed for check in checks) else Exit.VERDICT
-
-
-if __name__ == "__main__":
-    main()

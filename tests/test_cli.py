@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden" / "result-schema-1.json"
 
 def bsprof(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bsprof.cli", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120
+        [sys.executable, "-m", "bsprof", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120
     )
 
 
@@ -109,6 +109,6 @@ def test_show_refuses_a_newer_schema(tmp_path):
 
 def test_a_reader_that_goes_away_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m bsprof.cli show {GOLDEN} | head -1", shell=True, capture_output=True, text=True
+        f"{sys.executable} -m bsprof show {GOLDEN} | head -1", shell=True, capture_output=True, text=True
     )
     assert done.stderr == ""

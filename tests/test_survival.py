@@ -25,7 +25,7 @@ TINY = ("--model", "factories:Perceptron", "--data", "factories:Pixels", "--work
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "bsprof.cli", *arguments]
+    return [sys.executable, "-m", "bsprof", *arguments]
 
 
 def surroundings(**more: str) -> dict[str, str]:
