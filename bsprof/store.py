@@ -251,7 +251,10 @@ class Journal:
             try:
                 text = journal._read()
                 if b"\n" in text and text.startswith(_JOURNAL_START):
-                    raise BsprofError(f"{path}: an unfinished sweep left this journal", hint="finish it: --resume")
+                    raise BsprofError(
+                        f"{path}: an unfinished sweep left this journal",
+                        hint=f"finish it with `bsprof bench --resume {path.with_suffix('')}`, or delete the journal",
+                    )
                 if not (text.startswith(_JOURNAL_START) or _JOURNAL_START.startswith(text)):
                     raise BsprofError(f"{path}: exists and is not a bsprof journal")
                 os.ftruncate(journal._file, 0)  # killed before its first line was complete: it holds nothing
@@ -345,7 +348,9 @@ def _open_locked(path: Path, flags: int) -> int:
                 return file
         except BlockingIOError:
             os.close(file)
-            raise BsprofError(f"{path}: another bsprof is writing this journal") from None
+            raise BsprofError(
+                f"{path}: another bsprof is writing this journal", hint="wait for it, or name another --output"
+            ) from None
         except BaseException:
             os.close(file)
             raise
@@ -415,6 +420,15 @@ def _read(path: Path) -> bytes:
     return content
 
 
+_HINTS = {
+    errno.ENOSPC: "free some space, or write elsewhere with --output",
+    errno.EDQUOT: "free some of your quota, or write elsewhere with --output",
+    errno.EACCES: "check its permissions, or write elsewhere with --output",
+    errno.EROFS: "write elsewhere with --output",
+    errno.ENOENT: "check the path",
+}
+
+
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into errors that name `path`."""
@@ -424,7 +438,7 @@ def _named(path: Path) -> Iterator[None]:
         reason = _lowered(error.strerror or str(error))
         if error.errno == errno.ENOENT and not path.parent.exists():
             reason = f"there is no directory {path.parent}"
-        raise BsprofError(f"{path}: {reason}") from error
+        raise BsprofError(f"{path}: {reason}", hint=_HINTS.get(error.errno or 0)) from error
 
 
 @contextlib.contextmanager

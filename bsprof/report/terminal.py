@@ -140,7 +140,7 @@ def _caption(cases: Sequence[Case], facts: Sequence[Facts], varying: Sequence[st
                 parts.append(f"{axis.info.column} {text}")
     malloc = {fact.malloc for fact in facts}
     if len(malloc) == 1:
-        parts.append(f"malloc {malloc.pop()}")
+        parts.append(f"malloc {malloc.pop().partition(':')[0]}")
     return Text.assemble((title, "bold"), *(f" · {part}" for part in parts))
 
 
