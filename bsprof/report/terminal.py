@@ -230,7 +230,7 @@ def _step_column(cases: Sequence[CaseSummary], unit: figures.TimeUnit) -> _Colum
     def cell(case: CaseSummary, value: float | None, side: float | None) -> Text:
         if value is None:
             return Text(MISSING)
-        text = Text(f"{value:.{places}f}", "bold")
+        text = Text.assemble((f"{value:.{places}f}", "bold"))
         text.append(f" ±{side:>{widest}.{places}f}" if side is not None else " " * (widest + 2 if widest else 0), "dim")
         return text.append(f"{_case_marks(case, marks):<{widest_mark}}", "yellow")
 
@@ -328,7 +328,7 @@ def _failure_rows(case: CaseSummary) -> list[Text]:
         kinds.setdefault((one.outcome.kind, one.outcome.message or ""), []).append(one)
     rows = []
     for (kind, message), failed in kinds.items():
-        text = Text(kind, "bold red")
+        text = Text.assemble((kind, "bold red"))
         if len(case.measurements) > 1:
             text.append(f" in {len(failed)} of {len(case.measurements)} processes", "red")
         text.append(f"  {_first_line(message)}")
