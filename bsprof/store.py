@@ -1,0 +1,492 @@
+"""Reading and writing what was measured: the result file, the plan, and the journal of a sweep in progress.
+
+A result is JSON, one measurement a line, gzipped where the name ends in `.gz`. It appears whole or not at
+all. Whatever is wrong with a file that is read is said in one line that starts with the file, then the
+place in it. A number that is not finite has no JSON form and is written as null, 'not captured'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import fcntl
+import gzip
+import io
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import tomllib
+import typing
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import msgspec
+
+from bsprof.errors import BsprofError
+from bsprof.model import AXES, SCHEMA, Environment, Measurement, Noun, Plan, Result, Samples, Stop
+
+T = TypeVar("T")
+
+# --- results ----------------------------------------------------------------------------------------
+
+
+def save(result: Result, path: Path) -> None:
+    """Write `result` to `path`, gzipped if the name ends in `.gz`: the whole file, safe on disk, or nothing.
+
+    What stood at `path` stays until the new file is complete; a symbolic link is followed.
+    Raises BsprofError where the file cannot be written.
+    """
+    content = encode(result)
+    if path.suffix == ".gz":
+        content = gzip.compress(content, compresslevel=5, mtime=0)  # no time: equal results, equal files
+    with _named(path):
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise BsprofError(f"{path}: not a regular file")
+        draft = target.with_name(f".bsprof-{secrets.token_hex(8)}")
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(file, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(file)
+            draft.replace(target)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        _sync_directory(target.parent)
+
+
+def encode(result: Result) -> bytes:
+    """Return `result` as JSON text: a top-level field a line, a measurement a line."""
+    fields = []
+    for name in result.__struct_fields__:
+        value = getattr(result, name)
+        if name == "measurements" and value:
+            text = b"[\n" + b",\n".join(map(_encode, value)) + b"\n]"
+        else:
+            text = _encode(value)
+        fields.append(_encode(name) + b":" + text)
+    return b"{\n" + b",\n".join(fields) + b"\n}\n"
+
+
+def load(path: Path) -> Result:
+    """Return the result saved at `path`, gzipped or not, whatever its name.
+
+    Raises BsprofError for a file that is missing, damaged, from a newer schema, no result of bsprof's, or whose
+    samples contradict each other.
+    """
+    text = _read(path)
+    with _explained(path, text):
+        try:
+            result = msgspec.json.decode(text, type=Result)
+        except msgspec.ValidationError:
+            # What does not fit may be newer, or something else altogether: that comes before any detail.
+            _check_schema(path, msgspec.json.decode(text))
+            raise
+    _check_schema(path, {"schema": result.schema})
+    for index, measurement in enumerate(result.measurements):
+        _check_samples(f"{path}: $.measurements[{index}].samples", measurement.samples)
+    return result
+
+
+def schema_json() -> bytes:
+    """Return the JSON Schema (2020-12) of a result file, as shipped in `result.schema.json`."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:bsprof:result:{SCHEMA}",
+        **msgspec.json.schema(Result),
+    }
+    return msgspec.json.format(msgspec.json.encode(schema), indent=2) + b"\n"
+
+
+def _check_schema(path: Path, content: Any) -> None:
+    if not isinstance(content, dict) or "schema" not in content:
+        raise BsprofError(f"{path}: not a bsprof result")
+    schema = content["schema"]
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise BsprofError(f"{path}: $.schema: expected int, got {type(schema).__name__}")
+    if schema > SCHEMA:
+        raise BsprofError(
+            f"{path}: written by schema {schema}, this bsprof reads up to {SCHEMA}",
+            hint="upgrade: pip install --upgrade bsprof",
+        )
+    if schema < 1:
+        raise BsprofError(f"{path}: $.schema: there is no schema {schema}")
+
+
+def _check_samples(place: str, samples: Samples | None) -> None:
+    """Raise BsprofError where arrays that hold one entry a step disagree, or a block counts less than nothing."""
+    if samples is None:
+        return
+    arrays = {f"host_ns.{phase}": times for phase, times in samples.host_ns.items()}
+    arrays |= {f"device_ns.{phase}": times for phase, times in (samples.device_ns or {}).items()}
+    if samples.device_step_ns is not None:
+        arrays["device_step_ns"] = samples.device_step_ns
+    steps = len(samples.step_ns)
+    for name, times in arrays.items():
+        if len(times) != steps:
+            raise BsprofError(f"{place}.{name}: {len(times)} entries for {steps} steps")
+    for index, block in enumerate(samples.blocks):
+        for count in ("steps", "wall_ns"):
+            if getattr(block, count) < 0:
+                raise BsprofError(f"{place}.blocks[{index}].{count}: expected int >= 0, got {getattr(block, count)}")
+
+
+# --- plans ------------------------------------------------------------------------------------------
+
+
+class _PlanOfResult(msgspec.Struct):
+    """The part of a result that repeats it; the measurements are skipped, not read."""
+
+    plan: Plan | None
+
+
+def read_plan(path: Path) -> Plan:
+    """Return the plan in a `.toml` or `.json` file, or the plan that a result (`.json`, `.json.gz`) carries.
+
+    Raises BsprofError that names the place and, where it can be told, the line.
+    """
+    is_toml = path.suffix == ".toml"
+    if not is_toml and not path.name.endswith((".json", ".json.gz")):
+        raise BsprofError(f"{path}: a plan is a .toml or .json file")
+    text = _read(path)
+    with _explained(path, text, is_plan=True):
+        if is_toml:
+            return msgspec.convert(tomllib.loads(text.decode(), parse_float=_finite_or_text), Plan)
+        content = msgspec.json.decode(text)
+        if isinstance(content, dict) and "schema" in content:
+            _check_schema(path, content)
+            return _plan_of_result(path, text)
+        return msgspec.json.decode(text, type=Plan)
+    raise AssertionError("a context that explains errors does not swallow them")
+
+
+def _finite_or_text(number: str) -> float | str:
+    """Read a TOML number. Infinity and NaN, that the JSON carrying the plan has not, stay text: no number fits."""
+    return value if math.isfinite(value := float(number)) else number
+
+
+def _plan_of_result(path: Path, text: bytes) -> Plan:
+    plan = msgspec.json.decode(text, type=_PlanOfResult).plan
+    if plan is None:
+        raise BsprofError(
+            f"{path}: $.plan: null, there is no plan to repeat",
+            hint="it was measured inside a user's own loop; bsprof bench writes results that carry their plan",
+        )
+    return plan
+
+
+def _plan_hint(place: str, what: str) -> str | None:
+    """Return what to write instead at `place` in a plan, where that can be said."""
+    *_, parent, name = ["", *re.sub(r"\[[\d.]*\]", "", place).split(".")]
+    axis = AXES.get(name) if parent in ("axes", "blocks") else None
+    if what.startswith("unknown"):
+        known = AXES if parent in ("axes", "blocks") else (Stop if parent == "stop" else Plan).__struct_fields__
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    if axis and what.startswith("expected array"):
+        return f"an axis takes a list of values: {name} = [{axis.default}]"
+    if axis and what.startswith("invalid") and typing.get_origin(axis.type) is Literal:
+        return f"one of {', '.join(typing.get_args(axis.type))}"
+    return None
+
+
+def _line_of(place: str, text: bytes) -> str:
+    """Return ` (line N)` of the last key in `place`, where only one line has such a key."""
+    key = re.sub(r"\[[\d.]*\]", "", place).rpartition(".")[2]
+    pattern = re.compile(rf"""^[^#]*(?<![\w-])["']?{re.escape(key)}["']?\s*[=:]""")
+    lines = [number for number, line in enumerate(text.decode(errors="replace").splitlines(), 1) if pattern.match(line)]
+    return f" (line {lines[0]})" if len(lines) == 1 else ""
+
+
+# --- the journal ------------------------------------------------------------------------------------
+
+
+class Header(Noun, frozen=True, kw_only=True):
+    """The first line of a journal: what the measurements below it belong to."""
+
+    kind: Literal["bsprof journal"] = "bsprof journal"
+    schema: int = SCHEMA
+    created: str
+    """UTC, ISO 8601."""
+    plan: Plan
+    environment: Environment
+
+
+_JOURNAL_START = b'{"kind":"bsprof journal",'
+
+
+class Journal:
+    """The measurements of a sweep in progress, one a line, so that kill -9 loses at most the case in progress.
+
+    The file is locked for as long as it is open: two sweeps never share one, and the lock dies with its process.
+    `header` and `measurements` hold what the file holds. Errors are BsprofErrors that name the file.
+    """
+
+    def __init__(self, path: Path, file: int) -> None:
+        self.path = path
+        self.header: Header
+        self.measurements: list[Measurement] = []
+        self._file = file
+        self._end = 0
+
+    @classmethod
+    def create(cls, path: Path, header: Header, *, reserve_bytes: int = 1 << 20) -> Self:
+        """Start a journal at `path`, where none may be, once `reserve_bytes` are known to fit beside it.
+
+        Raises BsprofError where the directory cannot be written or has no room, where another process
+        writes this journal, and where an unfinished one waits to be resumed.
+        """
+        with _named(path):
+            _reserve(path.parent, reserve_bytes)
+            journal = cls(path, _open_locked(path, os.O_CREAT))
+            try:
+                text = journal._read()
+                if b"\n" in text and text.startswith(_JOURNAL_START):
+                    raise BsprofError(f"{path}: an unfinished sweep left this journal", hint="finish it: --resume")
+                if not (text.startswith(_JOURNAL_START) or _JOURNAL_START.startswith(text)):
+                    raise BsprofError(f"{path}: exists and is not a bsprof journal")
+                os.ftruncate(journal._file, 0)  # killed before its first line was complete: it holds nothing
+                journal.header = header
+                journal._write(header)
+                _sync_directory(path.parent)
+            except BaseException:
+                journal.close()
+                raise
+        return journal
+
+    @classmethod
+    def resume(cls, path: Path) -> Self:
+        """Open the journal an interrupted sweep left at `path`, to append to it.
+
+        A last line without its end is what a crash in the middle of a write leaves: it is cut off. Raises
+        BsprofError for any other damage, and where another process writes this journal or there is none.
+        """
+        with _named(path):
+            journal = cls(path, _open_locked(path, 0))
+            try:
+                journal._parse(journal._read())
+                os.ftruncate(journal._file, journal._end)
+            except BaseException:
+                journal.close()
+                raise
+        return journal
+
+    def append(self, measurement: Measurement) -> None:
+        """Add `measurement`; on return it is safe on disk. Where that fails, the lines before it stay whole."""
+        with _named(self.path):
+            self._write(measurement)
+        self.measurements.append(measurement)
+
+    def close(self) -> None:
+        """Release the lock and leave the file, for `resume`."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def discard(self) -> None:
+        """Remove the file: its measurements are in a saved result. It is still locked while it goes."""
+        with _named(self.path):
+            self.path.unlink(missing_ok=True)
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self) -> bytes:
+        with os.fdopen(self._file, "rb", closefd=False) as stream:
+            stream.seek(0)
+            return stream.read()
+
+    def _parse(self, text: bytes) -> None:
+        *lines, torn = text.split(b"\n")
+        if not lines or not text.startswith(_JOURNAL_START):
+            raise BsprofError(f"{self.path}: no journal of bsprof's to resume", hint="start anew, without --resume")
+        with _explained(f"{self.path}: line 1", lines[0]):
+            _check_schema(self.path, msgspec.json.decode(lines[0]))
+            self.header = msgspec.json.decode(lines[0], type=Header)
+        for number, line in enumerate(lines[1:], 2):
+            with _explained(f"{self.path}: line {number}", line):
+                self.measurements.append(msgspec.json.decode(line, type=Measurement))
+            _check_samples(f"{self.path}: line {number}: $.samples", self.measurements[-1].samples)
+        self._end = len(text) - len(torn)
+
+    def _write(self, noun: Noun) -> None:
+        line = _encode(noun) + b"\n"
+        try:
+            if os.write(self._file, line) != len(line):  # a part fitted
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise
+        self._end += len(line)
+
+
+def _open_locked(path: Path, flags: int) -> int:
+    """Return a descriptor of the file at `path`, locked, to be read and appended to."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_APPEND | flags, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, path):
+                return file
+        except BlockingIOError:
+            os.close(file)
+            raise BsprofError(f"{path}: another bsprof is writing this journal") from None
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # discarded by its owner between our opening and our locking it
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _reserve(directory: Path, size: int) -> None:
+    """Raise OSError unless `size` more bytes can be stored in `directory`. Nothing is left there."""
+    with tempfile.TemporaryFile(dir=directory, prefix=".bsprof-") as probe:
+        if size <= 0:
+            return
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(probe.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        if shutil.disk_usage(directory).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# --- files and their faults -------------------------------------------------------------------------
+
+
+def _encode(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        # Names of files need not be text. A failure that names one must be kept all the same.
+        return msgspec.json.encode(_escaped(msgspec.to_builtins(value)))
+
+
+def _escaped(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_escaped(key): _escaped(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_escaped(item) for item in value]
+    return value
+
+
+def _read(path: Path) -> bytes:
+    """Return the bytes of the file, unzipped where they are zipped."""
+    with _named(path):
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read()
+        except EOFError:
+            raise BsprofError(f"{path}: truncated: the gzip stream ends early") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise BsprofError(f"{path}: damaged gzip stream: {_lowered(str(error))}") from None
+    if not content.strip():
+        raise BsprofError(f"{path}: empty")
+    return content
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = _lowered(error.strerror or str(error))
+        if error.errno == errno.ENOENT and not path.parent.exists():
+            reason = f"there is no directory {path.parent}"
+        raise BsprofError(f"{path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _explained(file: Path | str, text: bytes, *, is_plan: bool = False) -> Iterator[None]:
+    """Turn what the decoders say about `text` into errors of one line: file, place, what is wrong there."""
+    try:
+        yield
+    except msgspec.ValidationError as error:
+        place, what = _place_and_fault(str(error))
+        if not is_plan:
+            raise BsprofError(f"{file}: {place}: {what}") from None
+        if what.startswith("unknown") and re.search(r"\.(axes|blocks\[\d+\])\.[^.]*$", place):
+            what = "unknown axis"
+        line = _line_of(place, text)
+        raise BsprofError(f"{file}: {place}: {what}{line}", hint=_plan_hint(place, what)) from None
+    except msgspec.DecodeError as error:
+        raise BsprofError(f"{file}: {_syntax_fault(str(error), text)}") from None
+    except tomllib.TOMLDecodeError as error:
+        what, _, where = str(error).rstrip(")").rpartition(" (at ")
+        raise BsprofError(f"{file}: {where}: {_lowered(what)}") from None
+    except UnicodeDecodeError:
+        raise BsprofError(f"{file}: not UTF-8 text") from None
+    except RecursionError:
+        raise BsprofError(f"{file}: nested too deeply") from None
+
+
+def _place_and_fault(message: str) -> tuple[str, str]:
+    """Return where in the file, and what, from a message such as: Expected `int`, got `str` - at `$.plan.seed`."""
+    what, _, place = message.rpartition(" - at ")
+    what, place = (what or place).replace("`", ""), place.strip("`") if what else "$"
+    if field := re.fullmatch(r"Object contains unknown field (.*)", what, re.DOTALL):
+        return f"{place}.{' '.join(field[1].split())}", "unknown field"
+    if field := re.fullmatch(r"Object missing required field (.*)", what):
+        return f"{place}.{field[1]}", "missing"
+    return place, _lowered(" ".join(what.replace("Invalid enum value", "invalid value").split()))
+
+
+def _syntax_fault(message: str, text: bytes) -> str:
+    """Return what is wrong, and where, from a message such as: JSON is malformed: invalid character (byte 6)."""
+    what, _, offset = message.removeprefix("JSON is malformed: ").rstrip(")").partition(" (byte ")
+    at = int(offset) if offset else len(text)
+    if "truncated" in what or (what == "invalid number" and at >= len(text)):
+        return f"truncated: the JSON ends early, at {_line_and_column(text, len(text))}"
+    if what == "trailing characters":
+        at -= 1  # msgspec points behind the first of them
+    return f"not JSON: {_lowered(what)} at {_line_and_column(text, at)}"
+
+
+def _line_and_column(text: bytes, offset: int) -> str:
+    before = text[:offset].decode(errors="replace")
+    return f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a new name in `directory` survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        file = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
