@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -179,7 +179,7 @@ def _render_steps(cases: Sequence[CaseSummary], varying: Sequence[str], console:
     _print_grid(console, columns, failed, len(axes))
     console.print()
     times = f"mean {unit.name} and share of the mean step" if detail.times else "share of the mean step"
-    _print_words(console, Text(_legend(cases, shown, negligible, times), "dim"))
+    _print_words(console, Text(_legend(cases, shown, negligible, times, {column.header for column in columns}), "dim"))
     console.print()
 
 
@@ -235,7 +235,7 @@ def _step_column(cases: Sequence[CaseSummary], unit: figures.TimeUnit) -> _Colum
     def cell(case: CaseSummary, value: float | None, side: float | None) -> Text:
         if value is None:
             return Text(MISSING)
-        text = Text(f"{value:.{places}f}", "bold")
+        text = Text.assemble((f"{value:.{places}f}", "bold"))
         text.append(f" ±{side:>{widest}.{places}f}" if side is not None else " " * (widest + 2 if widest else 0), "dim")
         return text.append(f"{_case_marks(case, marks):<{widest_mark}}", "yellow")
 
@@ -266,7 +266,7 @@ def _phase_columns(
             if time == MISSING:
                 cell = Text(MISSING)
             elif with_times:
-                cell.append(f"{share:>5}", emphasis or "dim")
+                cell.append(f" {share:>3}", emphasis or "dim")
             else:
                 cell.append(share, emphasis)
             cells.append(cell)
@@ -306,7 +306,9 @@ def _bar(case: CaseSummary, phases: Sequence[str], console: Console) -> Text:
     return bar
 
 
-def _legend(cases: Sequence[CaseSummary], shown: Sequence[str], negligible: Sequence[str], times: str) -> str:
+def _legend(
+    cases: Sequence[CaseSummary], shown: Sequence[str], negligible: Sequence[str], times: str, headers: set[str]
+) -> str:
     several = any(len(case.readings) > 1 for case in cases)
     device = any(reading.has_device_clock for case in cases for reading in case.readings)
     parts = [
@@ -317,7 +319,7 @@ def _legend(cases: Sequence[CaseSummary], shown: Sequence[str], negligible: Sequ
         parts.append("forward includes the loss; optimizer includes zero_grad")
     if "data" in (*shown, *negligible):
         parts.append("data is the stall, on the device's clock" if device else "data is the wait in next()")
-    if any(case["distortion"] is not None for case in cases):
+    if "distortion" in headers:
         parts.append("distortion: instrumented / bare steps - 1")
     if negligible:
         parts.append(f"{', '.join(negligible)}: under {figures.percent(_NEGLIGIBLE)} in every case")
@@ -331,7 +333,7 @@ def _failure_rows(case: CaseSummary) -> list[Text]:
         kinds.setdefault((one.outcome.kind, one.outcome.message or ""), []).append(one)
     rows = []
     for (kind, message), failed in kinds.items():
-        text = Text(kind, "bold red")
+        text = Text.assemble((kind, "bold red"))
         if len(case.measurements) > 1:
             text.append(f" in {len(failed)} of {len(case.measurements)} processes", "red")
         text.append(f"  {_first_line(message)}")

@@ -79,6 +79,8 @@ class _Told:
                 f"Fastest: {self.name(best)} with {self._speed(best)}, {_inference(best)}; "
                 f"its interval is clear of {others}."
             )
+        if all(len(case.readings) == 1 for case in self.ok):
+            yield "These intervals hold within one process each; `--repeat 3` adds the spread between processes."
 
     def bound(self) -> Iterator[str]:
         best = self.best
@@ -162,8 +164,8 @@ class _Told:
             yield f"`--workers {settings.workers + free}` ({plural(free, 'more core')} may be free for loading)"
         elif settings.workers:
             yield (
-                f"cheaper loading, as smaller or pre-resized images: all {usable} usable cores are taken "
-                f"by {training} training and {settings.workers} loading"
+                f"cheaper loading, as smaller or pre-resized images: {plural(training, 'thread')} training and "
+                f"{plural(settings.workers, 'worker')} already share {plural(usable, 'usable core')}"
             )
 
     def _larger_batch(self, best: CaseSummary) -> Iterator[str]:
@@ -194,15 +196,16 @@ class _Told:
                 f"a longer `--max-case-time`: {plural(len(unsteady), 'case')} of {len(self.ok)} "
                 f"{'was' if len(unsteady) == 1 else 'were'} not steady when warm-up ended"
             )
-        if plan is None or plan.repeat > 1:
+        if plan is None:
             return
         precisions = [case.value("precision") for case in self.ok]
         short = [value for value in precisions if value is None or value > plan.stop.precision]
         if short:
             worst = max((value for value in short if value is not None), default=None)
             reached = "no interval was reached" if worst is None else f"the widest is ±{percent(worst)}"
+            cure = "`--repeat 3`" if plan.repeat < 3 else "a longer `--max-case-time`"
             yield (
-                f"`--repeat 3`: {plural(len(short), 'case')} of {len(self.ok)} did not reach "
+                f"{cure}: {plural(len(short), 'case')} of {len(self.ok)} did not reach "
                 f"the precision of {percent(plan.stop.precision)} ({reached})"
             )
 
@@ -303,7 +306,7 @@ def _excludes_zero(case: CaseSummary) -> bool:
 
 
 def _alike(a: Settings | None, b: Settings | None, but: str) -> bool:
-    """Whether two settings agree in all axes but one; where an axis means nothing in one of them, it is no difference."""
+    """Whether two settings agree in all axes but one; where an axis means nothing in one of them, that is none."""
 
     def agree(name: str) -> bool:
         values = getattr(a, name), getattr(b, name)
