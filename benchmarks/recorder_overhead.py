@@ -2,9 +2,9 @@
 
     python benchmarks/recorder_overhead.py [--json FILE]
 
-A step of a tiny MLP (about 100 us) is run in interleaved blocks, every variant once in each round and in rotating order, so
-that the machine's drift meets all alike. Printed: microseconds a step that each variant adds to the bare one, from the
-paired ratios of a round, with a 95 % interval. TraceML is measured where it is installed.
+A step of a tiny MLP (about 100 us) is run in interleaved blocks, every variant once in each round and in rotating
+order, so that the machine's drift meets all alike. Printed: microseconds a step that each variant adds to the bare one,
+from the differences within a round, with a 95 % interval. TraceML is measured where it is installed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/truths.py [--json FILE]
 
-Runs the default plan in a pseudo-terminal (so that the progress is really drawn), reads what it left, and times the command
-line in pairs. About four minutes; nothing else may run meanwhile.
+Runs the default plan in a pseudo-terminal (so that the progress is really drawn), reads what it left, and times the
+command line in pairs. About four minutes; nothing else may run meanwhile.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,7 @@ import click
 from bsprof.errors import BsprofError, Exit
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bsprof.model import Environment, Plan, Result
+    pass
 
 VERSION = "0.1.0"
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from bsprof.errors import BsprofError
 
@@ -54,8 +55,7 @@ def hang_with_family(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     grandchild = int(child.stdout.readline())
-    with open(json.loads(payload), "w") as file:
-        json.dump([os.getpid(), child.pid, grandchild], file)
+    Path(json.loads(payload)).write_text(json.dumps([os.getpid(), child.pid, grandchild]))
     emit("hanging", 0, None)
     time.sleep(600)
     return b"null"

@@ -24,14 +24,14 @@ class Pixels(Dataset[tuple[torch.Tensor, int]]):
 
 class Raising(Pixels):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if index == 7:
-            raise LookupError("sample 7 has no label")
+        if index > 3:
+            raise LookupError(f"sample {index} has no label")
         return super().__getitem__(index)
 
 
 class KillsItsWorker(Pixels):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if get_worker_info() is not None and index == 7:
+        if get_worker_info() is not None and index > 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
@@ -57,9 +57,9 @@ class Perceptron(nn.Sequential):
 class OutOfDeviceMemory(Perceptron):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.25 GiB is "
-            "free. Process 1 has 77.89 GiB memory in use. Of the allocated memory 76.00 GiB is allocated by PyTorch, and "
-            "1.20 GiB is reserved by PyTorch but unallocated."
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.25 GiB "
+            "is free. Process 1 has 77.89 GiB memory in use. Of the allocated memory 76.00 GiB is allocated by "
+            "PyTorch, and 1.20 GiB is reserved by PyTorch but unallocated."
         )
 
 

@@ -15,13 +15,15 @@ from bsprof.measure import environment
 from bsprof.measure.clock import DeviceClock, HostClock, device_clock, host_clock, present_device
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.tape import OTHER, Steps, Tape, cost_per_step_ns
-from bsprof.model import Block, Case, Facts, Measurement, Note, Outcome, Result, Samples, Startup
+from bsprof.model import Case, Facts, Measurement, Note, Outcome, Result, Samples, Startup
 
 Batch = TypeVar("Batch")
 
 
 class Recorder:
-    """Splits each step of a training loop into phases, by one clock read at each boundary::
+    """Splits each step of a training loop into phases, by one clock read at each boundary.
+
+    In a loop of your own::
 
         recorder = Recorder(batch_size=64)
         for images, labels in recorder.steps(loader):       # the wait in next() is `data`
@@ -92,7 +94,10 @@ class Recorder:
             raise
 
     def result(self) -> Result:
-        """Return what was recorded as the Result of one case; waits for the device. Raises ValueError without a step."""
+        """Return what was recorded as the Result of one case; waits for the device.
+
+        Raises ValueError when no step was recorded.
+        """
         host, device = self._tape.host_steps(), self._tape.device_steps()
         if not host.step_ns:
             raise ValueError("no step was recorded: iterate over recorder.steps(loader)")

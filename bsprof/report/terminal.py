@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,13 +18,18 @@ from bsprof.report.figures import MISSING
 _MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"
 _PHASE_COLOURS = {"data": "yellow", "h2d": "magenta", "forward": "green", "backward": "blue", "optimizer": "cyan"}
 _BAR_WIDTH = 24
+_PIPED_WIDTH = 120
 _NEGLIGIBLE = 0.0005
 """A phase below this share in every case gets words instead of a column."""
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr; it honours NO_COLOR and the width of the terminal."""
-    return Console(stderr=stderr, highlight=False)
+    """Return a console on stdout or stderr; it honours NO_COLOR, COLUMNS and the width of the terminal."""
+    found = Console(stderr=stderr, highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        # A file has no width of its own; the whole table is of more use than 80 columns of it.
+        found.width = _PIPED_WIDTH
+    return found
 
 
 # --- a grid of text --------------------------------------------------------------------------------------
@@ -126,7 +132,7 @@ def _caption(cases: Sequence[Case], facts: Sequence[Facts], varying: Sequence[st
     for unit, values in (
         ("", {fact.device for fact in facts}),
         ("threads", {fact.threads for fact in facts}),
-        ("parameters", {figures.thousands(fact.parameters) for fact in facts}),
+        ("parameters", {figures.thousands(fact.parameters) for fact in facts if fact.parameters is not None}),
         ("px", {fact.image_size for fact in facts} - {None}),
         ("samples", {fact.samples_in_dataset for fact in facts} - {None}),
     ):

@@ -17,7 +17,7 @@ import msgspec
 from bsprof import store
 from bsprof.compare import environment_differences
 from bsprof.errors import BsprofError, Exit
-from bsprof.model import AXES, Environment, Measurement, Note, Plan, Result
+from bsprof.model import AXES, Environment, Measurement, Plan, Result
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.plan import Expansion, expand, expected_s, make_plan, parse_values

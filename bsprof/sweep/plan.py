@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 
 from bsprof.errors import BsprofError
-from bsprof.model import AXES, Axes, Axis, Case, Environment, Note, Plan, Settings, Stop, case_key
+from bsprof.model import AXES, Axes, Axis, Case, Environment, Note, Plan, Settings, case_key
 
 FULL_BUDGET_S = 115.0
 QUICK_BUDGET_S = 24.0

@@ -102,7 +102,7 @@ def call(
     os.close(handle)
     log = Path(name)
     started = time.perf_counter_ns()
-    process = context.Process(target=_enter, args=(theirs, target, payload, started, name, os.getcwd()))
+    process = context.Process(target=_enter, args=(theirs, target, payload, started, name, str(Path.cwd())))
     try:
         try:
             process.start()
@@ -183,7 +183,7 @@ def _understand(
 def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, log: str, directory: str) -> None:
     """Run `target` in a session of its own, its output in `log`, and end when the parent does."""
     os.setsid()
-    # A fork server's children would start their own workers from fork servers too, which is not what a user's script does.
+    # A fork server's children would start their own workers from a fork server too, as no user's script does.
     multiprocessing.set_start_method(None, force=True)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)

@@ -13,7 +13,6 @@ from bsprof.errors import BsprofError
 from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.process import Death, Progressed, call
 
-
 UNFINISHED = ("interrupted", "skipped")
 """Outcomes of a case that is still to be measured."""
 
@@ -29,16 +28,16 @@ class Watcher(Protocol):
     """Is told what happens, about once a second."""
 
     def started(self, case: Case) -> None:
-        """A case begins."""
+        """Say that a case begins."""
 
     def advanced(self, case: Case, stage: str, steps: int, precision: float | None) -> None:
-        """A case says where it is."""
+        """Say where a case is."""
 
     def tick(self) -> None:
-        """A second has passed."""
+        """Say that a second has passed."""
 
     def finished(self, measurement: Measurement) -> None:
-        """A case has ended, one way or another."""
+        """Say that a case has ended, one way or another."""
 
 
 class Log(Protocol):
