@@ -117,7 +117,7 @@ def bench(
     Every axis takes a list, and all combinations are measured, each in a process of its own. Without arguments:
     MobileNetV2 on generated JPEG files, with batch sizes and workers that fit this machine.
     """
-    from bsprof.sweep import bench as benching
+    from bsprof import bench as benching
 
     request = benching.Request(plan_file=plan_file, quick=quick, resume=resume, output=output, flags=flags)
     return benching.run(request, dry_run=dry_run, version=VERSION)

@@ -473,7 +473,7 @@ def test_words_of_a_users_own_loop_and_of_no_samples():
 
 def drive(sweep, console):
     cases = [one.case for one in sweep.measurements]
-    with Progress(console, cases, ["batch_size", "workers"], 90.0, target=0.02) as progress:
+    with Progress(console, len(cases), ["batch_size", "workers"], 90.0, target=0.02) as progress:
         for one in sweep.measurements:
             progress.started(one.case)
             for steps in range(40):
@@ -499,7 +499,7 @@ def test_progress_on_a_terminal_shows_the_case_the_precision_and_the_time_left(s
     stream = io.StringIO()
     console = Console(file=stream, width=100, force_terminal=True, color_system=None)
     cases = [one.case for one in sweep.measurements]
-    with Progress(console, cases, ["batch_size", "workers"], 90.0, target=0.02) as progress:
+    with Progress(console, len(cases), ["batch_size", "workers"], 90.0, target=0.02) as progress:
         progress.started(cases[0])
         now[0] = 4.0
         before = len(stream.getvalue())
