@@ -20,6 +20,7 @@ from bsprof.errors import BsprofError, Exit
 from bsprof.model import AXES, Environment, Measurement, Plan, Result
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
+from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.plan import Expansion, expand, expected_s, make_plan, parse_values
 from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, describe_environment, prepare, sweep
 
@@ -78,29 +79,44 @@ def _measure(
     target, journal = past.reopen(header, reserve) if past else _open_journal(request.output, header, reserve)
     notices = terminal.console(stderr=True)
     done = past.finished() if past else []
-    with journal:
+    with journal, Interruption() as stop:
         left = len(expansion.cases) - len(done)
         with Progress(notices, left, expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
-            swept = sweep(expansion.cases, plan, ProcessExecutor(), journal, progress, done)
+            swept = sweep(expansion.cases, plan, ProcessExecutor(stop), journal, progress, stop, done)
         result = Result(
             created=created,
             plan=plan,
             environment=environment,
             measurements=swept.measurements,
-            wall_s=time.monotonic() - started,
+            wall_s=None if past else time.monotonic() - started,
             notes=tuple(expansion.notes),
         )
+        failure = swept.failure or _keep(result, request.output, target, journal, interrupted=swept.interrupted)
         terminal.render(result, terminal.console(stderr=request.output == "-"))
-        if swept.failure:
-            raise swept.failure
-        if request.output == "-":
+        if failure:
+            raise failure
+    if target.exists():
+        notices.print(f"\nsaved {target}", highlight=False, soft_wrap=True)
+    return _exit_code(swept, target, notices)
+
+
+def _keep(
+    result: Result, output: str | None, target: Path, journal: store.Journal, *, interrupted: bool
+) -> BsprofError | None:
+    """Write the result where it belongs, before anything else can fail; the journal goes when that is done.
+
+    Returns the error that prevented it: the table is still worth printing.
+    """
+    try:
+        if output == "-":
             sys.stdout.buffer.write(store.encode(result) + b"\n")
             sys.stdout.buffer.flush()
-        if request.output != "-" or swept.interrupted:
+        if output != "-" or interrupted:
             store.save(result, target)
-            notices.print(f"\nsaved {target}", highlight=False, soft_wrap=True)
         journal.discard()
-    return _exit_code(swept, target, notices)
+    except BsprofError as error:
+        return error
+    return None
 
 
 def _exit_code(swept: Swept, target: Path, notices: Any) -> int:

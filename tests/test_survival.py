@@ -221,7 +221,7 @@ def test_ctrl_c_twice_leaves_at_once_and_loses_nothing_finished(tmp_path):
     wait_for_journal(tmp_path, 1)
     family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(signal.SIGINT)
-    time.sleep(random.Random(0).uniform(0, 0.02))
+    time.sleep(random.uniform(0, 0.05))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import msgspec
 
 from bsprof.errors import BsprofError
+from bsprof.sweep.interruption import Interruption
 
 PRELOAD = ("bsprof.cli", "bsprof.sweep.child")
 """Imported once by the fork server, so that a child has torch without waiting for it."""
@@ -89,11 +90,13 @@ def call(
     *,
     deadline_s: float | None = None,
     on_progress: Callable[[Progressed | None], None] = lambda _: None,
+    stop: Interruption | None = None,
 ) -> Reply:
     """Call `target` ('module:function' of `(payload, emit) -> bytes`) in a process of its own and wait for it.
 
     `on_progress` is called with each message, and with None once a second. Whatever happens, the child and every
-    process that it started are gone when this returns. Raises BsprofError and RuntimeError as the target raised them.
+    process that it started are gone when this returns. Raises KeyboardInterrupt when `stop` is requested meanwhile, and
+    BsprofError and RuntimeError as the target raised them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
@@ -107,7 +110,7 @@ def call(
         try:
             process.start()
             theirs.close()
-            message = _await(process, ours, deadline_s, on_progress)
+            message = _await(process, ours, deadline_s, on_progress, stop)
         finally:
             _end(process)
             ours.close()
@@ -126,12 +129,16 @@ def _await(
     pipe: Connection,
     deadline_s: float | None,
     on_progress: Callable[[Progressed | None], None],
+    stop: Interruption | None,
 ) -> _Messages | _TimedOut | None:
     """Return the child's last message, or None when it died without one."""
     end = None if deadline_s is None else time.monotonic() + deadline_s
+    awaited: list[Connection | int] = [pipe, process.sentinel, *([stop.fileno()] if stop else [])]
     while True:
         timeout = TICK_S if end is None else min(TICK_S, max(0.0, end - time.monotonic()))
-        ready = wait([pipe, process.sentinel], timeout)
+        ready = wait(awaited, timeout)
+        if stop and stop.requested:
+            raise KeyboardInterrupt
         if pipe in ready:
             try:
                 message: _Messages = msgspec.json.decode(pipe.recv_bytes(), type=_Messages)

@@ -11,6 +11,7 @@ import msgspec
 from bsprof import cgroup
 from bsprof.errors import BsprofError
 from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
+from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.process import Death, Progressed, call
 
 UNFINISHED = ("interrupted", "skipped")
@@ -56,18 +57,24 @@ class Swept(NamedTuple):
 
 
 def sweep(
-    cases: Sequence[Case], plan: Plan, executor: Executor, log: Log, watcher: Watcher, done: Sequence[Measurement] = ()
+    cases: Sequence[Case],
+    plan: Plan,
+    executor: Executor,
+    log: Log,
+    watcher: Watcher,
+    stop: Interruption,
+    done: Sequence[Measurement] = (),
 ) -> Swept:
-    """Measure every case that is not among `done`; the first Ctrl-C ends it with what there is.
+    """Measure every case that is not among `done`; `stop`, once requested, ends it with what there is.
 
     A case that ran is done, however it ended; one that was interrupted or skipped is not.
     """
     kept = {_point(m.case): m for m in done if m.outcome.kind not in UNFINISHED}
-    interrupted, failure = False, None
+    failure = None
     for case in cases:
         if _point(case) in kept:
             continue
-        if interrupted or failure:
+        if stop.requested or failure:
             kept[_point(case)] = Measurement(case=case, outcome=Outcome(kind="skipped"), wall_s=0.0)
             continue
         watcher.started(case)
@@ -75,7 +82,6 @@ def sweep(
         try:
             measurement = executor.measure(case, plan, watcher)
         except KeyboardInterrupt:
-            interrupted = True
             outcome = Outcome(kind="interrupted", message="stopped by the user")
             measurement = Measurement(case=case, outcome=outcome, wall_s=time.monotonic() - started)
         kept[_point(case)] = measurement
@@ -84,7 +90,7 @@ def sweep(
         except BsprofError as error:
             failure = error
         watcher.finished(measurement)
-    return Swept([kept[_point(case)] for case in cases], interrupted, failure)
+    return Swept([kept[_point(case)] for case in cases], stop.requested, failure)
 
 
 def _point(case: Case) -> tuple[str, int]:
@@ -92,7 +98,10 @@ def _point(case: Case) -> tuple[str, int]:
 
 
 class ProcessExecutor:
-    """Measures each case in a process of its own."""
+    """Measures each case in a process of its own, until `stop` is requested."""
+
+    def __init__(self, stop: Interruption) -> None:
+        self._stop = stop
 
     def measure(self, case: Case, plan: Plan, watcher: Watcher) -> Measurement:
         """Return the child's measurement, or what can be said of its death."""
@@ -113,6 +122,7 @@ class ProcessExecutor:
             msgspec.json.encode({"case": case, "plan": plan}),
             deadline_s=plan.deadline_s,
             on_progress=heard,
+            stop=self._stop,
         )
         if reply.value is not None:
             measurement = msgspec.json.decode(reply.value, type=Measurement)
