@@ -2,7 +2,7 @@
 
     python benchmarks/recorder_overhead.py [--json FILE]
 
-A step of a tiny MLP (about 100 us) is run in interleaved blocks, every variant once in each round and in rotating
+A step of a tiny MLP (about 100 us) is run in interleaved blocks, every variant once in each round and in random
 order, so that the machine's drift meets all alike. Printed: microseconds a step that each variant adds to the bare one,
 from the differences within a round, with a 95 % interval. TraceML is measured where it is installed.
 """
@@ -13,9 +13,13 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces each window on stderr
 
 import torch
 from torch import nn
@@ -25,7 +29,7 @@ from bsprof.measure import environment
 from bsprof.measure.loop import run_block
 from bsprof.measure.tape import Tape
 
-ROUNDS, STEPS, WARMUP_ROUNDS = 60, 200, 5
+ROUNDS, STEPS, WARMUP_ROUNDS, SETTLE_STEPS = 60, 200, 5, 50
 LIMIT_US = 4.0
 """What the recorder may add to a step on a CPU."""
 
@@ -62,32 +66,37 @@ class MlpStep:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def variants(step: MlpStep) -> dict[str, Callable[[], None]]:
-    """Return one block of each way of looking."""
+def variants(step: MlpStep) -> dict[str, Callable[[], int]]:
+    """Return for each way of looking a function that runs one block and returns its wall time in ns."""
     stages = step.stages
+    clock = time.perf_counter_ns
 
-    def bare() -> None:
-        run_block(stages, STEPS, None)
+    def bare() -> int:
+        return run_block(stages, STEPS, None).wall_ns
 
-    def clock_reads() -> None:
-        clock = time.perf_counter_ns
+    def clock_reads() -> int:
+        start = clock()
         for _ in range(STEPS):
             for _, run in stages:
                 run()
                 clock()
+        return clock() - start
 
-    def recorder() -> None:
-        run_block(stages, STEPS, Tape())
+    def recorder() -> int:
+        return run_block(stages, STEPS, Tape()).wall_ns
 
-    def record_function() -> None:
+    def record_function() -> int:
+        start = clock()
         for _ in range(STEPS):
             for phase, run in stages:
                 with torch.profiler.record_function(phase):
                     run()
+        return clock() - start
 
-    def active_profiler() -> None:
+    def active_profiler() -> int:
+        # Its start and its export, about a second, are not counted: a profiled window pays them once.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
-            run_block(stages, STEPS, None)
+            return bare()
 
     found = {
         "bare": bare,
@@ -100,11 +109,13 @@ def variants(step: MlpStep) -> dict[str, Callable[[], None]]:
         with contextlib.suppress(ImportError, AttributeError):
             from traceml.decorators import trace_step
 
-            def traceml() -> None:
+            def traceml() -> int:
+                start = clock()
                 for _ in range(STEPS):
                     with trace_step(step.model):
                         for _, run in stages:
                             run()
+                return clock() - start
 
             found["TraceML trace_step"] = traceml
     return found
@@ -115,15 +126,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    blocks = variants(MlpStep())
+    step = MlpStep()
+    blocks = variants(step)
     names = list(blocks)
     times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for i in range(WARMUP_ROUNDS + ROUNDS):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter_ns()
-            blocks[name]()
+        for name in order.sample(names, len(names)):
+            run_block(step.stages, SETTLE_STEPS, None)  # whatever came before has left the caches
+            wall_ns = blocks[name]()
             if i >= WARMUP_ROUNDS:
-                times[name].append((time.perf_counter_ns() - start) / STEPS / 1e3)
+                times[name].append(wall_ns / STEPS / 1e3)
     bare = stats.median(times["bare"]).value
     rows = []
     print(f"bare step {bare:.1f} us; {ROUNDS} interleaved rounds of {STEPS} steps\n")
