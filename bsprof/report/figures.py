@@ -59,14 +59,17 @@ def rate(per_second: float | None) -> str:
 
 
 def percent(share: float | None, *, signed: bool = False) -> str:
-    """Write a fraction in percent, with two significant digits below 10 %: `31 %`, `4.2 %`, `+0.12 %`."""
+    """Write a fraction in percent, with two significant digits below 10 %: `31%`, `4.2%`, `+0.12%`.
+
+    Without a space, so that no line ends between a figure and its sign.
+    """
     if share is None:
         return MISSING
     hundredths = abs(share) * 100
     if 0 < hundredths < 0.005:
-        return "< 0.01 %"
+        return "<0.01%"
     digits = 0 if hundredths >= 9.95 or not share else 1 if hundredths >= 0.995 else 2
-    return f"{share * 100:{'+' if signed and share else ''}.{digits}f} %"
+    return f"{share * 100:{'+' if signed and share else ''}.{digits}f}%"
 
 
 def size(count: int) -> str:

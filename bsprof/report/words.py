@@ -66,6 +66,9 @@ class _Told:
             yield f"{self.name(best)}: {self._speed(best)}, {_inference(best)}."
             return
         key = "throughput" if best["throughput"] is not None else "step"
+        if best.interval(key) is None:
+            yield f"Fastest: {self.name(best)} with {self._speed(best)}, {_inference(best)} and so for any comparison."
+            return
         equals = [case for case in self.ok if case is not best and not _differ(case, best, key)]
         if equals:
             names = _listed([self.name(case) for case in equals])
@@ -132,9 +135,22 @@ class _Told:
         if before is None or after is None:
             return text + "."
         if not _differ(zero, best, "step"):
-            return f"{text}, and the steps are not distinguishable."
+            return f"{text}, and the steps are not distinguishable{self._eaten(zero, best)}."
         change = "shorter" if after < before else "longer"
         return f"{text}, and the step is {percent(abs(after / before - 1))} {change}."
+
+    def _eaten(self, zero: CaseSummary, best: CaseSummary) -> str:
+        """Say where the time went that workers should have saved: into phases that they slow down."""
+        saved = (zero.value("stall") or 0.0) - (best.value("stall") or 0.0)
+        growth = {
+            phase: (best.value(f"{phase}.time") or 0.0) - (zero.value(f"{phase}.time") or 0.0)
+            for phase in best.phases
+            if phase != "data"
+        }
+        slowed = max(growth, key=lambda phase: growth[phase], default=None)
+        if slowed is None or saved <= 0 or growth[slowed] < saved / 2:
+            return ""
+        return f": {slowed} takes {duration(growth[slowed])} longer, for loading and training share the same cores"
 
     def _siblings(self, case: CaseSummary, axis: str) -> list[CaseSummary]:
         """Return the cases that differ from `case` in nothing but `axis`, itself included, in the axis's order."""
@@ -146,7 +162,9 @@ class _Told:
     def next(self) -> Iterator[str]:
         if self.best is None:
             return
-        advice = [*self._more_workers(self.best), *self._larger_batch(self.best), *self._surer(), *self._malloc()]
+        best = self.best
+        advice = [*self._more_workers(best), *self._fewer_threads(), *self._larger_batch(best)]
+        advice += [*self._surer(), *self._malloc()]
         if advice:
             yield "To try next: " + "; ".join(advice) + "."
 
@@ -166,6 +184,18 @@ class _Told:
             yield (
                 f"cheaper loading, as smaller or pre-resized images: {plural(training, 'thread')} training and "
                 f"{plural(settings.workers, 'worker')} already share {plural(usable, 'usable core')}"
+            )
+
+    def _fewer_threads(self) -> Iterator[str]:
+        crowded = [case for case in self.ok if any(note.code == "cpu_oversubscribed" for note in case.notes)]
+        threads = max((case.facts.threads for case in crowded if case.facts), default=1)
+        workers = max((case.settings.workers for case in crowded if case.settings), default=0)
+        usable = self.result.environment.cores_usable
+        fewer = max(1, usable - workers)
+        if workers and fewer < threads:
+            yield (
+                f"`--threads {fewer},{threads}` ({threads} torch threads and up to {plural(workers, 'worker')} "
+                f"compete for {plural(usable, 'core')})"
             )
 
     def _larger_batch(self, best: CaseSummary) -> Iterator[str]:
