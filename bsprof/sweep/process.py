@@ -67,6 +67,15 @@ class Raised(Message):
 _Messages = Progressed | Returned | Refused | Raised
 
 
+class ChildError(RuntimeError):
+    """A defect: the target raised what nobody expected of it."""
+
+    def __init__(self, target: str, text: str, trace: str) -> None:
+        super().__init__(f"{target}: {text}\n{trace}")
+        self.text = text
+        self.trace = trace
+
+
 class Death(NamedTuple):
     """A child that ended without a word."""
 
@@ -96,7 +105,7 @@ def call(
 
     `on_progress` is called with each message, and with None once a second. Whatever happens, the child and every
     process that it started are gone when this returns. Raises KeyboardInterrupt when `stop` is requested meanwhile, and
-    BsprofError and RuntimeError as the target raised them.
+    BsprofError and ChildError as the target raised them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
@@ -177,7 +186,7 @@ def _understand(
         case Refused(message=text, hint=hint):
             raise BsprofError(text, hint=hint)
         case Raised(message=text, traceback=trace):
-            raise RuntimeError(f"{target}: {text}\n{trace}")
+            raise ChildError(target, text, trace)
         case _:
             last_words = log.read_text(errors="replace")[-STDERR_TAIL:].strip()
             killed = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
