@@ -116,13 +116,14 @@ def test_when_the_parent_is_killed_nothing_is_left(tmp_path):
         "    from bsprof.sweep.process import call\n"
         f"    call('child_targets:hang_with_family', {json.dumps(str(pids)).encode()!r})\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script])
+    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)})
     started = family(pids)
     children = psutil.Process(parent.pid).children(recursive=True)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert all(gone(pid) for pid in started)
     assert all(gone(child.pid) for child in children)
+    assert list(tmp_path.glob("bsprof-*")) == []
 
 
 def test_no_files_or_descriptors_are_left(tmp_path, monkeypatch):
