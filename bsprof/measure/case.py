@@ -242,6 +242,7 @@ class CaseRun:
         window = CounterWindow()
         pair = 0
         while True:
+            size = min(size, stop.max_steps - len(self._step_ns))
             for kind in ("instrumented", "bare") if pair % 2 == 0 else ("bare", "instrumented"):
                 self._run_block(kind, size)
             pair += 1
@@ -249,9 +250,9 @@ class CaseRun:
             self.emit("measure", len(self._step_ns), precision)
             steps = len(self._step_ns)
             precise = precision is not None and precision <= stop.precision and steps >= stop.min_steps and pair >= 2
-            if precise or steps >= stop.max_steps:
+            if precise:
                 break
-            if host_clock() > end_ns:
+            if steps >= stop.max_steps or host_clock() > end_ns:
                 reached = "no interval" if precision is None else f"±{precision:.1%}"
                 self._note("precision_not_reached", f"{reached} after {steps} steps; asked for ±{stop.precision:.1%}")
                 break
@@ -331,7 +332,7 @@ class CaseRun:
             device_step_ns=device and device.step_ns[:complete],
             device_ns=device and {phase: times[:complete] for phase, times in device.phase_ns.items()},
             blocks=blocks,
-            epoch_boundaries=[self._tape.step_at(mark) for mark in self._epoch_marks],
+            epoch_boundaries=[step for mark in self._epoch_marks if (step := self._tape.step_at(mark)) < complete],
             warmup_ns=self._warmup_ns,
             steady=self._steady,
             recorder_ns_per_step=cost_per_step_ns(host.phase_ns, device_clock=device and device_clock(self._device)),

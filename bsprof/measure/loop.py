@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bsprof.errors import BsprofError
 from bsprof.measure.clock import host_clock
 from bsprof.measure.tape import Tape
 from bsprof.model import Block, Settings
@@ -98,7 +99,11 @@ class Training:
         except StopIteration:
             self.on_epoch_end()
             self._iterator = iter(self._loader)
-            self._batch = next(self._iterator)
+            self._batch = next(self._iterator, None)
+            if self._batch is None:
+                raise BsprofError(
+                    "the data has no full batch to give", hint="a smaller --batch-size, or more samples"
+                ) from None
 
     def transfer(self) -> None:
         """Copy the batch to the device; with pinned memory the copy is asynchronous."""

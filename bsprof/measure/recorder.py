@@ -99,7 +99,7 @@ class Recorder:
         Raises ValueError when no step was recorded.
         """
         host, device = self._tape.host_steps(), self._tape.device_steps()
-        if not host.step_ns:
+        if not self._first_batch_ns:
             raise ValueError("no step was recorded: iterate over recorder.steps(loader)")
         notes = []
         steady_from = stats.steady_from((device or host).step_ns)
