@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bsprof.errors import BsprofError
+from bsprof.metrics import varying_axes
 from bsprof.model import AXES, Accelerator, Axes, Environment, Plan, Settings, case_key
 from bsprof.sweep.plan import (
     case_time_s,
@@ -16,7 +17,6 @@ from bsprof.sweep.plan import (
     expand,
     make_plan,
     parse_values,
-    varying_axes,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -115,19 +116,21 @@ def test_when_the_parent_is_killed_nothing_is_left(tmp_path):
         "    from bsprof.sweep.process import call\n"
         f"    call('child_targets:hang_with_family', {json.dumps(str(pids)).encode()!r})\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script])
+    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)})
     started = family(pids)
     children = psutil.Process(parent.pid).children(recursive=True)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert all(gone(pid) for pid in started)
     assert all(gone(child.pid) for child in children)
+    assert list(tmp_path.glob("bsprof-*")) == []
 
 
 def test_no_files_or_descriptors_are_left(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     call("child_targets:echo", b"1")
+    gc.collect()  # what earlier tests still held must not be counted
     before = psutil.Process().num_fds()
     for _ in range(3):
         call("child_targets:echo", b"1")

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from bsprof import stats
+from bsprof import cgroup, stats
 from bsprof.measure import malloc
 from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device
 from bsprof.measure.counters import CounterWindow
@@ -50,7 +50,8 @@ LARGEST_BLOCK = 1000
 """Steps."""
 LEAD_IN = 3
 """Steps that fill an accelerator's queue again after the last synchronisation of the warm-up."""
-EPOCHS_PRICED = 2
+EPOCH_SHARE = 0.1
+"""A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
 
 def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
@@ -72,15 +73,17 @@ def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emi
     run = CaseRun(case, plan, cache, emit)
     entered_ns = host_clock()
     outcome = Outcome(kind="ok")
+    kills_before = cgroup.oom_kills() or 0
     try:
         run.go(requested_ns, entered_ns)
     except Exception as error:
-        outcome = classify(error, running_phase(run.stages, error) or run.stage)
+        oom_kills = (cgroup.oom_kills() or 0) - kills_before
+        outcome = classify(error, running_phase(run.stages, error) or run.stage, oom_kills=oom_kills)
     samples = None
     try:
         samples = run.samples()
     except Exception as error:
-        # A device that has failed gives up neither its times nor the loss, and says so here a second time.
+        # After an asynchronous fault of the device even reading what it timed may fail.
         if outcome.kind == "ok":
             outcome = classify(error, run.stage)
     startup = msgspec.structs.replace(run.startup, process_ns=entered_ns - requested_ns)
@@ -287,29 +290,28 @@ class CaseRun:
         return whole_rounds if whole_rounds <= 2 * size else size
 
     def _price_epochs(self) -> None:
-        """Measure what an epoch's end costs, away from the steady window, on epochs of two batches a worker."""
+        """Measure what an epoch's end costs, away from the steady window, on epochs of one batch a worker."""
         assert self._data is not None
         if isinstance(self._data.dataset, torch.utils.data.IterableDataset):
             return
-        batches = 2 * max(1, self.settings.workers)
+        batches = max(1, self.settings.workers)
         length = batches * self.settings.batch_size
         loader = build_loader(self._data, self.settings, seed=self.seed, endless=False, length=length)
+        late_ns = host_clock() + round(self.plan.stop.max_case_time_s * EPOCH_SHARE * 1e9)
         ends: list[int] = []
         starts: list[int] = []
-        for epoch in range(EPOCHS_PRICED + 1):
+        iterator = iter(loader)
+        next(iterator)
+        while not ends or (len(ends) < 2 and host_clock() < late_ns):
+            for _ in range(batches - 1):
+                next(iterator)
             before = host_clock()
+            next(iterator, None)
+            ended = host_clock()
+            ends.append(ended - before)
             iterator = iter(loader)
             next(iterator)
-            if epoch:
-                starts.append(host_clock() - before)
-            left = batches - 1
-            while left:
-                next(iterator)
-                left -= 1
-            before = host_clock()
-            exhausted = next(iterator, None) is None
-            if epoch < EPOCHS_PRICED and exhausted:
-                ends.append(host_clock() - before)
+            starts.append(host_clock() - ended)
         self.startup = msgspec.structs.replace(self.startup, epoch_end_ns=ends, epoch_start_ns=starts)
 
     def samples(self) -> Samples | None:

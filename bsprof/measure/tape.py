@@ -25,8 +25,8 @@ class Tape:
     """Boundaries in the order they were passed: for each the clock's reading and the phase that it closes.
 
     A mark costs a clock read and two appends; on an accelerator also one timing event, and never a synchronisation.
-    Measured in the step it serves, five such marks add 2 to 3 us to a step, a method that stores into arrays allocated ahead
-    4 to 5 us: the interpreter's work outweighs what a list's growth costs.
+    Measured in the step it serves, five such marks add 2 to 3 us to a step, and a method that stores into arrays
+    allocated ahead 4 to 5 us: the interpreter's work outweighs what a list's growth costs.
     """
 
     def __init__(self, *, clock: HostClock = host_clock, device_clock: DeviceClock | None = None) -> None:

@@ -294,10 +294,10 @@ def _count(value: float | None) -> str:
 
 def _distortion(case: CaseSummary, *, with_interval: bool) -> str:
     value, interval = case.value("distortion"), case.interval("distortion")
-    if value is None:
-        return MISSING
+    if value is None or interval is None:
+        return MISSING  # one pair of blocks says nothing
     text = _table_share(value, signed=True)
-    return f"{text} ±{max(interval[1] - value, value - interval[0]):.1%}" if interval and with_interval else text
+    return f"{text} ±{max(interval[1] - value, value - interval[0]):.1%}" if with_interval else text
 
 
 def _bar(case: CaseSummary, phases: Sequence[str], console: Console) -> Text:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
 from bsprof.errors import BsprofError
+from bsprof.metrics import varying_axes
 from bsprof.model import AXES, Axes, Axis, Case, Environment, Note, Plan, Settings, case_key
 
 FULL_BUDGET_S = 115.0
@@ -49,7 +50,7 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
         for process in range(plan.repeat)
         for key, settings in _ordered(meaningful, plan, process)
     ]
-    return Expansion(cases, varying_axes(meaningful.values()), _collapse_notes(requested, environment))
+    return Expansion(cases, tuple(varying_axes(meaningful.values())), _collapse_notes(requested, environment))
 
 
 def collapse(settings: Settings, environment: Environment) -> Settings:
@@ -61,16 +62,6 @@ def collapse(settings: Settings, environment: Environment) -> Settings:
         None: True,
     }
     return msgspec.structs.replace(settings, **{name: None for name, axis in AXES.items() if not has[axis.info.needs]})
-
-
-def varying_axes(all_settings: Iterable[Settings]) -> tuple[str, ...]:
-    """Return the axes that take more than one value, nulls beside a value not counted, in table order."""
-    seen: dict[str, set[Any]] = {name: set() for name in AXES}
-    for settings in all_settings:
-        for name in AXES:
-            if (value := getattr(settings, name)) is not None:
-                seen[name].add(value)
-    return tuple(name for name, values in seen.items() if len(values) > 1)
 
 
 def default_axes(environment: Environment, *, quick: bool) -> dict[str, tuple[Any, ...]]:
@@ -105,7 +96,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a command line: the user's `axes`, the defaults where they name none."""
     defaults = default_axes(environment, quick=quick)
-    if "data" in axes and "image_size" not in axes:
+    if not {"jpeg", "synthetic"}.issuperset(axes.get("data", ())):
+        # Other data has a size of its own.
         defaults.pop("image_size", None)
     try:
         plan = msgspec.convert({"axes": {**defaults, **axes}, "stop": stop, **rest}, Plan)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,6 +29,8 @@ PRELOAD = ("bsprof.cli", "bsprof.sweep.child")
 
 TICK_S = 1.0
 """The parent wakes this often to draw; otherwise it sleeps."""
+
+_LOG = "output"
 
 STDERR_TAIL = 4000
 """Characters of a dead child's last words that are kept."""
@@ -67,6 +71,15 @@ class Raised(Message):
 _Messages = Progressed | Returned | Refused | Raised
 
 
+class ChildError(RuntimeError):
+    """A defect: the target raised what nobody expected of it."""
+
+    def __init__(self, target: str, text: str, trace: str) -> None:
+        super().__init__(f"{target}: {text}\n{trace}")
+        self.text = text
+        self.trace = trace
+
+
 class Death(NamedTuple):
     """A child that ended without a word."""
 
@@ -96,16 +109,14 @@ def call(
 
     `on_progress` is called with each message, and with None once a second. Whatever happens, the child and every
     process that it started are gone when this returns. Raises KeyboardInterrupt when `stop` is requested meanwhile, and
-    BsprofError and RuntimeError as the target raised them.
+    BsprofError and ChildError as the target raised them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     ours, theirs = context.Pipe()
-    handle, name = tempfile.mkstemp(prefix="bsprof-", suffix=".stderr")
-    os.close(handle)
-    log = Path(name)
+    scratch = Path(tempfile.mkdtemp(prefix="bsprof-"))
     started = time.perf_counter_ns()
-    process = context.Process(target=_enter, args=(theirs, target, payload, started, name, str(Path.cwd())))
+    process = context.Process(target=_enter, args=(theirs, target, payload, started, str(scratch), str(Path.cwd())))
     try:
         try:
             process.start()
@@ -115,9 +126,9 @@ def call(
             _end(process)
             ours.close()
         wall_s = (time.perf_counter_ns() - started) / 1e9
-        return Reply(*_understand(message, process.exitcode, log, target), wall_s)
+        return Reply(*_understand(message, process.exitcode, scratch / _LOG, target), wall_s)
     finally:
-        log.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _TimedOut(NamedTuple):
@@ -177,9 +188,9 @@ def _understand(
         case Refused(message=text, hint=hint):
             raise BsprofError(text, hint=hint)
         case Raised(message=text, traceback=trace):
-            raise RuntimeError(f"{target}: {text}\n{trace}")
+            raise ChildError(target, text, trace)
         case _:
-            last_words = log.read_text(errors="replace")[-STDERR_TAIL:].strip()
+            last_words = log.read_text(errors="replace")[-STDERR_TAIL:].strip() if log.exists() else ""
             killed = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
             return None, Death(killed, exit_code, isinstance(message, _TimedOut), last_words)
 
@@ -187,18 +198,22 @@ def _understand(
 # --- in the child -----------------------------------------------------------------------------------
 
 
-def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, log: str, directory: str) -> None:
-    """Run `target` in a session of its own, its output in `log`, and end when the parent does."""
+def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scratch: str, directory: str) -> None:
+    """Run `target` in a session of its own and end when the parent does; output and temporary files go to `scratch`."""
     os.setsid()
     # A fork server's children would start their own workers from a fork server too, as no user's script does.
     multiprocessing.set_start_method(None, force=True)
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+    # Compiled kernels outlive a case, as they outlive a training: they stay where torch would have put them.
+    kernels = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
+    handle = os.open(Path(scratch, _LOG), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
     if directory not in sys.path:
         sys.path.insert(0, directory)
-    threading.Thread(target=_outlive_nobody, args=(pipe,), daemon=True).start()
+    threading.Thread(target=_outlive_nobody, args=(pipe, scratch), daemon=True).start()
 
     def say(message: Message) -> None:
         pipe.send_bytes(msgspec.json.encode(message))
@@ -220,8 +235,9 @@ def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, log
     os._exit(0)
 
 
-def _outlive_nobody(pipe: Connection) -> None:
+def _outlive_nobody(pipe: Connection, scratch: str) -> None:
     """Wait for the parent's end of the pipe to close, as it does even when the parent is killed; then end all."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv_bytes()
+    shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

@@ -12,7 +12,7 @@ from bsprof import cgroup
 from bsprof.errors import BsprofError
 from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
-from bsprof.sweep.process import Death, Progressed, call
+from bsprof.sweep.process import ChildError, Death, Progressed, call
 
 UNFINISHED = ("interrupted", "skipped")
 """Outcomes of a case that is still to be measured."""
@@ -117,13 +117,18 @@ class ProcessExecutor:
                 stage, steps = message.stage, message.steps
                 watcher.advanced(case, message.stage, message.steps, message.precision)
 
-        reply = call(
-            "bsprof.sweep.child:measure",
-            msgspec.json.encode({"case": case, "plan": plan}),
-            deadline_s=plan.deadline_s,
-            on_progress=heard,
-            stop=self._stop,
-        )
+        started = time.monotonic()
+        try:
+            reply = call(
+                "bsprof.sweep.child:measure",
+                msgspec.json.encode({"case": case, "plan": plan}),
+                deadline_s=plan.deadline_s,
+                on_progress=heard,
+                stop=self._stop,
+            )
+        except ChildError as error:
+            outcome = Outcome(kind="error", message=error.text, traceback=error.trace, phase=stage)
+            return Measurement(case=case, outcome=outcome, wall_s=time.monotonic() - started)
         if reply.value is not None:
             measurement = msgspec.json.decode(reply.value, type=Measurement)
             return msgspec.structs.replace(measurement, wall_s=reply.wall_s)
