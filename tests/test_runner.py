@@ -200,7 +200,7 @@ def test_what_an_interrupted_sweep_left_can_be_finished():
 
 def test_a_log_that_fails_ends_it_and_loses_nothing():
     executor = Executor()
-    swept, log, story = run(cases(4), executor, Log(full_after=2))
+    swept, _, story = run(cases(4), executor, Log(full_after=2))
     assert len(executor.asked) == 3
     assert kinds(swept) == ["ok", "ok", "ok", "skipped"]
     assert swept.failure is not None
