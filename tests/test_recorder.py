@@ -357,26 +357,36 @@ def test_what_the_loader_raises_passes_through_and_the_steps_before_are_kept():
     assert len(samples.warmup_ns) + len(samples.step_ns) == 4
 
 
-DELAY_NS = 4_000_000
+DELAY_NS = 1_000_000
 
 
 class Slow(Pixels):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if index % 4 == 0:
-            spin(DELAY_NS)
+        spin(DELAY_NS)
         return super().__getitem__(index)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for one another take as long as the slowest of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("phase", ["data", "h2d", "forward", "backward", "clip", "optimizer"])
+@pytest.mark.usefixtures("one_thread")
 def test_a_planted_delay_comes_back_where_it_was_put(phase):
     recorder = Recorder(device="cpu")
     loop = Loop(recorder)
     loop.after[phase] = lambda: spin(DELAY_NS)
-    loop.epoch(DataLoader(Slow() if phase == "data" else Pixels(), batch_size=4))
+    loop.epoch(DataLoader(Slow() if phase == "data" else Pixels(), batch_size=1))
     samples = samples_of(recorder)
-    medians = {name: sorted(times)[len(times) // 2] for name, times in samples.host_ns.items()}
-    assert DELAY_NS <= medians.pop(phase) < 1.5 * DELAY_NS
-    assert max(medians.values()) < DELAY_NS / 2
+    # The fastest of all steps, for what others do on this machine can only add to them.
+    fastest = {name: min(times) for name, times in samples.host_ns.items()}
+    assert DELAY_NS <= fastest.pop(phase) < 1.5 * DELAY_NS
+    assert max(fastest.values()) < DELAY_NS / 2
 
 
 # --- to a file and back -----------------------------------------------------------------------------
