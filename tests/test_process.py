@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,6 +111,7 @@ def test_an_interrupt_ends_the_whole_family(tmp_path):
 
 
 def test_when_the_parent_is_killed_nothing_is_left(tmp_path):
+    scratch = Path(tempfile.mkdtemp(prefix="b"))  # sockets are made in it, whose paths must be short
     pids = tmp_path / "pids"
     script = (
         "import sys; sys.path.insert(0, 'tests')\n"
@@ -116,14 +119,15 @@ def test_when_the_parent_is_killed_nothing_is_left(tmp_path):
         "    from bsprof.sweep.process import call\n"
         f"    call('child_targets:hang_with_family', {json.dumps(str(pids)).encode()!r})\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)})
+    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(scratch)})
     started = family(pids)
     children = psutil.Process(parent.pid).children(recursive=True)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert all(gone(pid) for pid in started)
     assert all(gone(child.pid) for child in children)
-    assert list(tmp_path.glob("bsprof-*")) == []
+    assert list(scratch.glob("bsprof-*")) == []
+    shutil.rmtree(scratch)
 
 
 def test_no_files_or_descriptors_are_left(tmp_path, monkeypatch):
