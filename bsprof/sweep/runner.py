@@ -12,7 +12,7 @@ from bsprof import cgroup
 from bsprof.errors import BsprofError
 from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
-from bsprof.sweep.process import ChildError, Death, Progressed, call
+from bsprof.sweep.process import ChildError, Death, Progressed, call, current_directory
 
 UNFINISHED = ("interrupted", "skipped")
 """Outcomes of a case that is still to be measured."""
@@ -169,9 +169,12 @@ def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -
     return Outcome(kind="crash", message=f"{how} in {stage}", phase=stage, evidence=evidence)
 
 
-def describe_environment(directory: str) -> Environment:
-    """Return the Environment of this machine, collected in a child so that this process never loads torch."""
-    return msgspec.json.decode(_ask("describe", directory), type=Environment)
+def describe_environment(directory: str | None = None) -> Environment:
+    """Return the Environment of this machine, with the git commit of `directory`, by default the current one.
+
+    It is collected in a child, so that this process never loads torch.
+    """
+    return msgspec.json.decode(_ask("describe", directory or current_directory()), type=Environment)
 
 
 def prepare(all_settings: Sequence[Settings], plan: Plan) -> None:
