@@ -37,12 +37,13 @@ T = TypeVar("T")
 # --- results ----------------------------------------------------------------------------------------
 
 
-def save(result: Result, path: Path) -> None:
+def save(result: Result, path: str | os.PathLike[str]) -> None:
     """Write `result` to `path`, gzipped if the name ends in `.gz`: the whole file, safe on disk, or nothing.
 
     What stood at `path` stays until the new file is complete; a symbolic link is followed.
     Raises BsprofError where the file cannot be written.
     """
+    path = Path(path)
     content = encode(result)
     if path.suffix == ".gz":
         content = gzip.compress(content, compresslevel=5, mtime=0)  # no time: equal results, equal files
@@ -77,12 +78,13 @@ def encode(result: Result) -> bytes:
     return b"{\n" + b",\n".join(fields) + b"\n}\n"
 
 
-def load(path: Path) -> Result:
+def load(path: str | os.PathLike[str]) -> Result:
     """Return the result saved at `path`, gzipped or not, whatever its name.
 
     Raises BsprofError for a file that is missing, damaged, from a newer schema, no result of bsprof's, or whose
     samples contradict each other.
     """
+    path = Path(path)
     text = _read(path)
     with _explained(path, text):
         try:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from bsprof import stats
-from bsprof.measure.clock import host_clock
+from bsprof.measure.clock import HostClock, host_clock
 from bsprof.measure.loop import Stage, Training, run_block
 from bsprof.measure.tape import Tape
 from bsprof.model import PHASES, Check, Settings
@@ -22,18 +22,19 @@ TOLERANCE_NS = 100_000
 """A planted delay may come back wrong by the larger of the two; a neighbour may move by as much."""
 
 
-def spin(nanoseconds: int) -> None:
+def spin(nanoseconds: int, clock: HostClock = host_clock) -> None:
     """Keep the processor busy; unlike a sleep it ends when it should."""
-    end = host_clock() + nanoseconds
-    while host_clock() < end:
+    end = clock() + nanoseconds
+    while clock() < end:
         pass
 
 
 class _Pairs(Dataset[tuple[torch.Tensor, int]]):
     """Small random samples; `delay_ns` is spent in making the first of each batch."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, clock: HostClock) -> None:
         self.batch_size = batch_size
+        self.clock = clock
         self.delay_ns = 0
         self._image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -42,11 +43,11 @@ class _Pairs(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index % self.batch_size == 0:
-            spin(self.delay_ns)
+            spin(self.delay_ns, self.clock)
         return self._image, index % 10
 
 
-def run(emit: Callable[[str, int, float | None], None]) -> list[Check]:
+def run(emit: Callable[[str, int, float | None], None], *, clock: HostClock = host_clock) -> list[Check]:
     """Plant a delay in each phase in turn and return what came back.
 
     The loop is the one that measures every case, around a tiny model whose phases are short beside the delay. Blocks
@@ -55,7 +56,7 @@ def run(emit: Callable[[str, int, float | None], None]) -> list[Check]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     settings = Settings(batch_size=8)
-    samples = _Pairs(settings.batch_size)
+    samples = _Pairs(settings.batch_size, clock)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
     training = Training(
         model,
@@ -81,8 +82,8 @@ def _check(planted: str, training: Training, samples: _Pairs) -> Check:
     for _ in range(STEPS // 4):
         for delay_ns, found in ((0, plain), (DELAY_NS, delayed)):
             samples.delay_ns = delay_ns if planted == "data" else 0
-            tape = Tape()
-            block = run_block(_delayed(training.stages, planted, delay_ns), 4, tape)
+            tape = Tape(clock=samples.clock)
+            block = run_block(_delayed(training.stages, planted, delay_ns, samples.clock), 4, tape)
             steps = tape.host_steps()
             residual += block.wall_ns - sum(map(sum, steps.phase_ns.values()))
             for phase in PHASES:
@@ -106,13 +107,13 @@ def _check(planted: str, training: Training, samples: _Pairs) -> Check:
     )
 
 
-def _delayed(stages: tuple[Stage, ...], planted: str, delay_ns: int) -> list[Stage]:
+def _delayed(stages: tuple[Stage, ...], planted: str, delay_ns: int, clock: HostClock) -> list[Stage]:
     """Return `stages` with a delay behind the `planted` one. In `data` the data set itself is slow instead."""
 
     def slow(run: Callable[[], None]) -> Callable[[], None]:
         def stage() -> None:
             run()
-            spin(delay_ns)
+            spin(delay_ns, clock)
 
         return stage
 

@@ -565,5 +565,9 @@ def render_selftest(checks: Sequence[Check], console: Console) -> None:
     console.print()
     tolerance = max(check.tolerance_ns for check in checks) / milliseconds
     wrong = [check.phase for check in checks if not check.passed]
-    verdict = f"wrong in {', '.join(wrong)}" if wrong else "every delay came back where it was planted"
+    verdict = (
+        f"wrong in {', '.join(wrong)} (was the machine busy? try again when it is quiet)"
+        if wrong
+        else "every delay came back where it was planted"
+    )
     _print_words(console, f"{verdict}, to within {tolerance:.3f} ms (the larger of 1 % and 0.1 ms)")

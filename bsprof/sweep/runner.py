@@ -75,7 +75,8 @@ def sweep(
         if _point(case) in kept:
             continue
         if stop.requested or failure:
-            kept[_point(case)] = Measurement(case=case, outcome=Outcome(kind="skipped"), wall_s=0.0)
+            why = failure.message if failure else "the sweep was stopped by the user"
+            kept[_point(case)] = Measurement(case=case, outcome=Outcome(kind="skipped", message=why), wall_s=0.0)
             continue
         watcher.started(case)
         started = time.monotonic()
