@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from bsprof import store
 from bsprof.errors import BsprofError
 from bsprof.sweep.interruption import SIGNALS, Interruption
 
@@ -268,7 +269,7 @@ def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scr
     threading.Thread(target=_outlive_nobody, args=(pipe,), daemon=True).start()
 
     def say(message: Message) -> None:
-        pipe.send_bytes(msgspec.json.encode(message))
+        pipe.send_bytes(store.to_json(message))
 
     def emit(stage: str, steps: int, precision: float | None) -> None:
         say(Progressed(stage, steps, precision))
@@ -280,7 +281,7 @@ def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scr
     except BsprofError as error:
         say(Refused(error.message, error.hint))
     except Exception as error:
-        say(Raised(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        say(Raised(traceback.format_exception_only(error)[-1].strip(), traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()
     # Tearing torch down takes longer than starting did, and nothing is left to save.

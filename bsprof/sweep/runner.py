@@ -199,5 +199,6 @@ def _ask(function: str, question: object) -> bytes:
     if reply.value is None:
         assert reply.death is not None
         how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"
-        raise BsprofError(f"{function}: the process died ({how})", hint=reply.death.last_words or None)
+        *_, last = ["", *reply.death.last_words.splitlines()]
+        raise BsprofError(f"{function}: the process died ({how})", hint=f"its last words: {last}" if last else None)
     return reply.value
