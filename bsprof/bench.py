@@ -55,7 +55,7 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         flag = "--" + next(iter(axes)).replace("_", "-")
         raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
     with notices.status("starting") if notices.is_terminal else contextlib.nullcontext():
-        environment = describe_environment(str(Path.cwd()))
+        environment = describe_environment()
     plan = _plan(axes, from_file, past, environment, quick=request.quick, stop=stop, rest=rest)
     expansion = expand(plan, environment)
     for note in expansion.notes:

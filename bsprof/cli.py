@@ -139,7 +139,7 @@ def env(as_json: bool) -> None:
     """Print the machine and its software."""
     from bsprof.sweep.runner import describe_environment
 
-    environment = describe_environment(str(Path.cwd()))
+    environment = describe_environment()
     if as_json:
         import msgspec
 

@@ -71,10 +71,10 @@ def encode(result: Result) -> bytes:
     for name in result.__struct_fields__:
         value = getattr(result, name)
         if name == "measurements" and value:
-            text = b"[\n" + b",\n".join(map(_encode, value)) + b"\n]"
+            text = b"[\n" + b",\n".join(map(to_json, value)) + b"\n]"
         else:
-            text = _encode(value)
-        fields.append(_encode(name) + b":" + text)
+            text = to_json(value)
+        fields.append(to_json(name) + b":" + text)
     return b"{\n" + b",\n".join(fields) + b"\n}\n"
 
 
@@ -328,7 +328,7 @@ class Journal:
         self._end = len(text) - len(torn)
 
     def _write(self, noun: Noun) -> None:
-        line = _encode(noun) + b"\n"
+        line = to_json(noun) + b"\n"
         try:
             if os.write(self._file, line) != len(line):  # a part fitted
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -385,7 +385,8 @@ def _reserve(directory: Path, size: int) -> None:
 # --- files and their faults -------------------------------------------------------------------------
 
 
-def _encode(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """Return `value` as JSON; what is not text in it (a file's name, a message that quotes one) comes out escaped."""
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:

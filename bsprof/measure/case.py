@@ -76,7 +76,7 @@ def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emi
     kills_before = cgroup.oom_kills() or 0
     try:
         run.go(requested_ns, entered_ns)
-    except Exception as error:
+    except BaseException as error:  # a user's code may call sys.exit() as well
         oom_kills = (cgroup.oom_kills() or 0) - kills_before
         outcome = classify(error, running_phase(run.stages, error) or run.stage, oom_kills=oom_kills)
     samples = None
@@ -136,8 +136,7 @@ class CaseRun:
         return self._training
 
     def go(self, requested_ns: int, entered_ns: int) -> None:
-        """Run all stages. The case's time counts from `entered_ns`."""
-        end_ns = entered_ns + round(self.plan.stop.max_case_time_s * 1e9)
+        """Run all stages. The case's time counts from `entered_ns`, less its first step: a compiler may run there."""
         if self.plan.host_memory_bytes is not None:
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (self.plan.host_memory_bytes, hard))
@@ -146,13 +145,18 @@ class CaseRun:
         try:
             with self._stage("warmup"):
                 self._start()
+                end_ns = entered_ns + self._warmup_ns[0] + round(self.plan.stop.max_case_time_s * 1e9)
                 self._warm_up(host_clock() + round((end_ns - host_clock()) * WARMUP_SHARE))
             with self._stage("measure"):
                 self._measure(end_ns)
+            self.training.stop()
+            with self._stage("epoch"):
+                self._price_epochs()
+        except (OSError, EOFError):
+            _blame_a_worker()
+            raise
         finally:
             self.training.stop()
-        with self._stage("epoch"):
-            self._price_epochs()
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -351,6 +355,14 @@ class CaseRun:
 
     def _note(self, code: str, text: str) -> None:
         self.notes.append(Note(code=code, text=text))
+
+
+def _blame_a_worker() -> None:
+    """Raise torch's own error if a DataLoader worker has died: what it was handing over breaks off in many ways."""
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:  # its sockets close before it has quite ended
+        torch._C._error_if_any_worker_fails()
+        time.sleep(0.05)
 
 
 def _optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -48,6 +48,7 @@ def classify(error: BaseException, phase: str | None = None, *, oom_kills: int =
         or _shm(failure, phase)
         or _device_memory(failure, phase)
         or _host_memory(failure, phase)
+        or _compilation(failure, phase)
         or _other(failure, phase)
     )
 
@@ -75,16 +76,23 @@ _RELAYED = re.compile(r"\s*Caught (?P<name>\S+) in (?P<where>.+?)\.\nOriginal (?
 
 def _read_failure(error: BaseException) -> _Failure:
     """Undo `torch._utils.ExceptionWrapper`, which keeps the type where it can and makes the traceback the message."""
-    relayed = _RELAYED.fullmatch(str(error))
+    relayed = _RELAYED.fullmatch(_said(error))
     if relayed is None:
         formatted = "".join(traceback.format_exception(error))
-        return _Failure(error, type(error).__name__, str(error), "", formatted)
+        return _Failure(error, type(error).__name__, _said(error), "", formatted)
     name, original = relayed["name"], relayed["traceback"].strip()
     # The last line that names the type begins the message; module and enclosing class stand before the name.
     *_, last = [None, *re.finditer(rf"^[\w.<>]*?{re.escape(name)}(?::[ ]?|$)", original, re.MULTILINE)]
     text = original[last.end() :].strip() if last else ""
     where = relayed["where"].replace("worker process", "worker")
     return _Failure(error, name, text, f" in {where}", original)
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # anything may stand in the `__str__` of a user's exception
+        return "(it cannot say what)"
 
 
 # --- workers ----------------------------------------------------------------------------------------
@@ -95,7 +103,7 @@ _EXITED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) exited unex
 
 def _worker_death(failure: _Failure, oom_kills: int) -> Outcome | None:
     """Tell a worker that was killed from one that left by itself; torch says which in the exception or its cause."""
-    messages = [str(error) for error in _chain(failure.error)]
+    messages = [_said(error) for error in _chain(failure.error)]
     if killed := next((match for text in messages if (match := _KILLED.search(text))), None):
         pid, said = int(killed[1]), killed[2]
         name = _signal_name(said)
@@ -249,6 +257,18 @@ def _host_memory(failure: _Failure, phase: str | None) -> Outcome | None:
         message += f": {_words(asked)} asked"
         message += f" under a limit of {_words(limit)}" if limit != resource.RLIM_INFINITY else ""
     return _outcome("host_oom", message, SMALLER_LOADER, phase, failure, evidence)
+
+
+# --- compilation ---------------------------------------------------------------------------------------
+
+_COMPILERS = ("torch._inductor", "torch._dynamo")
+
+
+def _compilation(failure: _Failure, phase: str | None) -> Outcome | None:
+    if not type(failure.error).__module__.startswith(_COMPILERS):
+        return None
+    compiler = "install one, or name it in CXX; " if "compiler" in failure.headline.lower() else ""
+    return _outcome("error", failure.headline, f"{compiler}--compile off does without", phase, failure, {})
 
 
 # --- all else ---------------------------------------------------------------------------------------

@@ -97,12 +97,17 @@ def setting(value: object) -> str:
     return str(value)
 
 
+def axis_setting(axis: str, value: object) -> str:
+    """Write the value of an axis; null is `auto` where the axis means something everywhere."""
+    return "auto" if value is None and AXES[axis].info.needs is None else setting(value)
+
+
 def case_name(case: Case, varying: Sequence[str]) -> str:
     """Name a case by what varies: `batch 64, workers 2`; by its model or key where nothing does."""
     if case.settings is None:
         return case.key
-    named = [(AXES[name].info.column, getattr(case.settings, name)) for name in varying]
-    return ", ".join(f"{name} {setting(value)}" for name, value in named if value is not None) or case.settings.model
+    named = [(AXES[name].info.column, axis_setting(name, getattr(case.settings, name))) for name in varying]
+    return ", ".join(f"{name} {text}" for name, text in named if text != MISSING) or case.settings.model
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

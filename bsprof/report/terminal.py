@@ -152,7 +152,7 @@ def _caption(cases: Sequence[Case], facts: Sequence[Facts], varying: Sequence[st
 
 def _common(name: str, settings: Sequence[Settings], varying: Sequence[str]) -> str | None:
     values = axis_values(name, settings)
-    return figures.setting(next(iter(values))) if name not in varying and len(values) == 1 else None
+    return figures.axis_setting(name, next(iter(values))) if name not in varying and len(values) == 1 else None
 
 
 def _axis_columns(cases: Sequence[Case], varying: Sequence[str]) -> list[_Column]:
@@ -162,7 +162,7 @@ def _axis_columns(cases: Sequence[Case], varying: Sequence[str]) -> list[_Column
     return [
         _column(
             AXES[name].info.column,
-            (figures.setting(getattr(case.settings, name)) for case in cases),
+            (figures.axis_setting(name, getattr(case.settings, name)) for case in cases),
             right=AXES[name].type is int,
         )
         for name in varying
@@ -184,6 +184,8 @@ def _render_steps(cases: Sequence[CaseSummary], varying: Sequence[str], console:
     failed = {index: _failure_rows(case) for index, case in enumerate(cases) if case.failures}
     _print_grid(console, columns, failed, len(axes))
     console.print()
+    if not phases:
+        return
     times = f"mean {unit.name} and share of the mean step" if detail.times else "share of the mean step"
     _print_words(console, Text(_legend(cases, shown, negligible, times, {column.header for column in columns}), "dim"))
     console.print()

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
+from bsprof import store
 from bsprof.measure import case as measuring
 from bsprof.measure import environment, selftest
 from bsprof.model import Case, Plan, Settings
@@ -37,7 +38,7 @@ def cache_dir() -> Path:
 
 def describe(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Return the Environment as seen from the directory that `payload` names."""
-    return msgspec.json.encode(environment.collect(Path(msgspec.json.decode(payload, type=str))))
+    return store.to_json(environment.collect(Path(msgspec.json.decode(payload, type=str))))
 
 
 def prepare(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
@@ -56,7 +57,7 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Measure the case of a CaseRequest."""
     request = msgspec.json.decode(payload, type=CaseRequest)
     emit = measuring.throttled(emit)
-    return msgspec.json.encode(
+    return store.to_json(
         measuring.measure(request.case, request.plan, cache=cache_dir(), requested_ns=requested_ns, emit=emit)
     )
 

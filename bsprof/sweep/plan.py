@@ -37,11 +37,11 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
     requested: list[Settings] = []
     for block in plan.blocks or (Axes(),):
         values = {**_given(plan.axes), **_given(block)}
-        axes = [values.get(name, (axis.default,)) for name, axis in AXES.items()]
+        choices = [values.get(name, (axis.default,)) for name, axis in AXES.items()]
         for name, given in values.items():
             if not given:
                 raise BsprofError(f"$.axes.{name}: no values", hint="give at least one, or leave the axis out")
-        requested.extend(Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*axes))
+        requested.extend(Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*choices))
     if any(settings.world_size > 1 for settings in requested):
         raise BsprofError("world_size: more than 1 is not yet supported", hint="leave --world-size out, or give 1")
     meaningful = {case_key(collapsed): collapsed for s in requested for collapsed in (collapse(s, environment),)}
@@ -50,7 +50,8 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
         for process in range(plan.repeat)
         for key, settings in _ordered(meaningful, plan, process)
     ]
-    return Expansion(cases, tuple(varying_axes(meaningful.values())), _collapse_notes(requested, environment))
+    named = {name for axes in (plan.axes, *plan.blocks) for name in _given(axes)}
+    return Expansion(cases, tuple(varying_axes(meaningful.values())), _collapse_notes(requested, named, environment))
 
 
 def collapse(settings: Settings, environment: Environment) -> Settings:
@@ -185,11 +186,10 @@ _NEEDS = {
 }
 
 
-def _collapse_notes(requested: list[Settings], environment: Environment) -> list[Note]:
+def _collapse_notes(requested: list[Settings], named: set[str], environment: Environment) -> list[Note]:
     notes = []
     for name, axis in AXES.items():
-        asked = {getattr(settings, name) for settings in requested}
-        if axis.info.needs is None or asked == {axis.default}:
+        if axis.info.needs is None or name not in named:
             continue
         idle = [
             s for s in requested if getattr(collapse(s, environment), name) is None and getattr(s, name) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import getpass
 import importlib
@@ -15,22 +16,27 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from bsprof import store
 from bsprof.errors import BsprofError
-from bsprof.sweep.interruption import Interruption
+from bsprof.sweep.interruption import SIGNALS, Interruption
 
-PRELOAD = ("bsprof.cli", "bsprof.sweep.child")
+PRELOAD = ("bsprof.sweep.process", "bsprof.cli", "bsprof.sweep.child")
 """Imported once by the fork server, so that a child has torch without waiting for it."""
 
 TICK_S = 1.0
 """The parent wakes this often to draw; otherwise it sleeps."""
 
 _LOG = "output"
+
+_FOLDER = "BSPROF_FORK_SERVERS_FOLDER"
 
 STDERR_TAIL = 4000
 """Characters of a dead child's last words that are kept."""
@@ -112,11 +118,11 @@ def call(
     BsprofError and ChildError as the target raised them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    directory = current_directory()
+    scratch = _start_server()
     ours, theirs = context.Pipe()
-    scratch = Path(tempfile.mkdtemp(prefix="bsprof-"))
     started = time.perf_counter_ns()
-    process = context.Process(target=_enter, args=(theirs, target, payload, started, str(scratch), str(Path.cwd())))
+    process = context.Process(target=_enter, args=(theirs, target, payload, started, str(scratch), directory))
     try:
         try:
             process.start()
@@ -129,6 +135,49 @@ def call(
         return Reply(*_understand(message, process.exitcode, scratch / _LOG, target), wall_s)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def current_directory() -> str:
+    """Return the current directory, or raise BsprofError where it is gone."""
+    try:
+        return str(Path.cwd())
+    except OSError as error:
+        raise BsprofError(f"the current directory: {error.strerror}", hint="cd to one that exists") from error
+
+
+def _start_server() -> Path:
+    """Start the fork server unless it runs, and return a new folder for a child's files inside the server's own.
+
+    What a terminal sends to all its processes (Ctrl-C, hanging up) is its parent's to hear. The server ends when its
+    parent has gone, even by SIGKILL, and removes its folder then.
+    """
+    forkserver.set_forkserver_preload(list(PRELOAD))
+    try:
+        folder = get_temp_dir()
+        scratch = Path(tempfile.mkdtemp(dir=folder))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BsprofError(f"temporary files: {reason}", hint="point TMPDIR to a folder with room") from error
+    resource_tracker.ensure_running()  # the fork server would start it too, but that unblocks signals
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.environ[_FOLDER] = folder
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ[_FOLDER]
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    return scratch
+
+
+def _remove(folder: str, owner: int) -> None:
+    """Remove `folder` when the process `owner` ends, not when a child of its does; others may still write there."""
+    end = time.monotonic() + 2.0
+    while os.getpid() == owner and Path(folder).exists() and time.monotonic() < end:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if _FOLDER in os.environ:  # in the fork server, which preloads this module
+    atexit.register(_remove, os.environ.pop(_FOLDER), os.getpid())
 
 
 class _TimedOut(NamedTuple):
@@ -201,11 +250,15 @@ def _understand(
 def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scratch: str, directory: str) -> None:
     """Run `target` in a session of its own and end when the parent does; output and temporary files go to `scratch`."""
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if pipe.poll():  # a parent sends nothing, so this is its end: it left before the fork server came to this child
+        os._exit(0)
     # A fork server's children would start their own workers from a fork server too, as no user's script does.
     multiprocessing.set_start_method(None, force=True)
     # Compiled kernels outlive a case, as they outlive a training: they stay where torch would have put them.
-    kernels = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        kernels = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
     os.environ["TMPDIR"] = tempfile.tempdir = scratch
     handle = os.open(Path(scratch, _LOG), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(handle, 1)
@@ -213,10 +266,10 @@ def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scr
     os.close(handle)
     if directory not in sys.path:
         sys.path.insert(0, directory)
-    threading.Thread(target=_outlive_nobody, args=(pipe, scratch), daemon=True).start()
+    threading.Thread(target=_outlive_nobody, args=(pipe,), daemon=True).start()
 
     def say(message: Message) -> None:
-        pipe.send_bytes(msgspec.json.encode(message))
+        pipe.send_bytes(store.to_json(message))
 
     def emit(stage: str, steps: int, precision: float | None) -> None:
         say(Progressed(stage, steps, precision))
@@ -228,16 +281,15 @@ def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scr
     except BsprofError as error:
         say(Refused(error.message, error.hint))
     except Exception as error:
-        say(Raised(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        say(Raised(traceback.format_exception_only(error)[-1].strip(), traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()
     # Tearing torch down takes longer than starting did, and nothing is left to save.
     os._exit(0)
 
 
-def _outlive_nobody(pipe: Connection, scratch: str) -> None:
+def _outlive_nobody(pipe: Connection) -> None:
     """Wait for the parent's end of the pipe to close, as it does even when the parent is killed; then end all."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv_bytes()
-    shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

@@ -12,7 +12,7 @@ from bsprof import cgroup
 from bsprof.errors import BsprofError
 from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
-from bsprof.sweep.process import ChildError, Death, Progressed, call
+from bsprof.sweep.process import ChildError, Death, Progressed, call, current_directory
 
 UNFINISHED = ("interrupted", "skipped")
 """Outcomes of a case that is still to be measured."""
@@ -170,9 +170,12 @@ def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -
     return Outcome(kind="crash", message=f"{how} in {stage}", phase=stage, evidence=evidence)
 
 
-def describe_environment(directory: str) -> Environment:
-    """Return the Environment of this machine, collected in a child so that this process never loads torch."""
-    return msgspec.json.decode(_ask("describe", directory), type=Environment)
+def describe_environment(directory: str | None = None) -> Environment:
+    """Return the Environment of this machine, with the git commit of `directory`, by default the current one.
+
+    It is collected in a child, so that this process never loads torch.
+    """
+    return msgspec.json.decode(_ask("describe", directory or current_directory()), type=Environment)
 
 
 def prepare(all_settings: Sequence[Settings], plan: Plan) -> None:
@@ -196,5 +199,6 @@ def _ask(function: str, question: object) -> bytes:
     if reply.value is None:
         assert reply.death is not None
         how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"
-        raise BsprofError(f"{function}: the process died ({how})", hint=reply.death.last_words or None)
+        *_, last = ["", *reply.death.last_words.splitlines()]
+        raise BsprofError(f"{function}: the process died ({how})", hint=f"its last words: {last}" if last else None)
     return reply.value

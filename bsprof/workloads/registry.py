@@ -145,7 +145,7 @@ def _import_factory(kind: Kind, spec: str, known: Iterable[str]) -> Callable[...
         sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             near = difflib.get_close_matches(module_name, known)
             raise BsprofError(
