@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import re
 import shlex
 import socket
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,17 +110,37 @@ def _measure(
             wall_s=None if past else time.monotonic() - started,
             notes=tuple(expansion.notes),
         )
-        failure = swept.failure or _keep(result, request.output, target, journal, interrupted=swept.interrupted)
-        terminal.render(result, terminal.console(stderr=request.output == "-"))
+        failure = _keep(result, request.output, target, journal, unfinished=swept.interrupted or bool(swept.failure))
+        failure = failure or swept.failure
+        try:
+            terminal.render(result, terminal.console(stderr=request.output == "-"))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            failure = failure or BsprofError(f"standard output: {error.strerror}")
         if failure:
-            raise failure
+            raise _with_way_out(failure, target)
     if target.exists():
         notices.print(f"\nsaved {target}", highlight=False, soft_wrap=True)
     return _exit_code(swept, target, notices)
 
 
+def _with_way_out(failure: BsprofError, target: Path) -> BsprofError:
+    """Return `failure` with what it could not destroy, and how to go on from there."""
+    place = next((path for path in (_journal_path(target), target) if path.exists()), None)
+    if place is None:
+        return failure
+    return BsprofError(
+        failure.message, hint=f"what was measured is in {place}; go on with: bsprof bench --resume {_quoted(target)}"
+    )
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
 def _keep(
-    result: Result, output: str | None, target: Path, journal: store.Journal, *, interrupted: bool
+    result: Result, output: str | None, target: Path, journal: store.Journal, *, unfinished: bool
 ) -> BsprofError | None:
     """Write the result where it belongs, before anything else can fail; the journal goes when that is done.
 
@@ -125,13 +148,17 @@ def _keep(
     """
     try:
         if output == "-":
+            if sys.stdout is None:
+                raise OSError(errno.EBADF, "closed")
             sys.stdout.buffer.write(store.encode(result) + b"\n")
             sys.stdout.buffer.flush()
-        if output != "-" or interrupted:
+        if output != "-" or unfinished:
             store.save(result, target)
         journal.discard()
     except BsprofError as error:
         return error
+    except OSError as error:
+        return BsprofError(f"standard output: {error.strerror}")
     return None
 
 
@@ -140,7 +167,7 @@ def _exit_code(swept: Swept, target: Path, notices: Any) -> int:
         left = sum(m.outcome.kind in UNFINISHED for m in swept.measurements)
         notices.print(
             f"interrupted: {left} of {len(swept.measurements)} cases are left; to measure them:\n"
-            f"  bsprof bench --resume {shlex.quote(str(target))}",
+            f"  bsprof bench --resume {_quoted(target)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -214,6 +241,8 @@ def _bytes(size: str) -> int:
 
 
 def _journal_path(target: Path) -> Path:
+    """Return the journal's place: beside the file that will be written, which a symbolic link only points to."""
+    target = target.resolve() if target.is_symlink() else target
     return target.with_name(target.name + ".journal")
 
 
@@ -222,9 +251,19 @@ def _open_journal(output: str | None, header: store.Header, reserve: int) -> tup
     if output and output != "-":
         target = Path(output)
         return target, store.Journal.create(_journal_path(target), header, reserve_bytes=reserve)
+    try:
+        return _open_named_by_time(Path(), header, reserve)
+    except BsprofError:
+        if output != "-":
+            raise
+        # The result goes to standard output, so any place will do for the journal.
+        return _open_named_by_time(Path(tempfile.gettempdir()), header, reserve)
+
+
+def _open_named_by_time(directory: Path, header: store.Header, reserve: int) -> tuple[Path, store.Journal]:
     stem = f"bsprof-{socket.gethostname()}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-        target = Path(f"{stem}{suffix}.json")
+        target = directory / f"{stem}{suffix}.json"
         if target.exists() or _journal_path(target).exists():
             continue
         try:
@@ -242,8 +281,16 @@ def _check_output(output: str | None) -> None:
         return
     if not output.endswith((".json", ".json.gz")):
         raise BsprofError(f"--output {output}: expected .json or .json.gz", hint="or - for standard output")
-    if Path(output).is_dir():
+    try:
+        mode = Path(output).stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BsprofError(f"--output {output}: {error.strerror}", hint="name another file") from error
+    if stat.S_ISDIR(mode):
         raise BsprofError(f"--output {output}: is a directory", hint="name a file in it")
+    if not stat.S_ISREG(mode):
+        raise BsprofError(f"--output {output}: not a regular file", hint="or - for standard output")
 
 
 class _Past(NamedTuple):

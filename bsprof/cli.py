@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
 import click
 
 from bsprof.errors import BsprofError, Exit
-
-if TYPE_CHECKING:
-    pass
 
 VERSION = "0.1.0"
 
@@ -26,6 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with _terminated_as_interrupted():
             code = commands.main(arguments, prog_name="bsprof", standalone_mode=False) or Exit.DONE
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BsprofError as error:
         _complain(error.message, error.hint)
         code = error.exit_code
@@ -37,19 +36,38 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted", None)
         code = Exit.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone, as `bsprof show … | head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        pass  # how click meets a reader that has gone
+    except OSError as error:
+        # A reader of our output that has gone, as in `bsprof show … | head`, is no error; a full disk is one.
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"{error.filename or 'standard output'}: {error.strerror}", None)
+            code = Exit.USAGE
+    _drop_unwritable(sys.stdout)
+    _drop_unwritable(sys.stderr)
     sys.exit(code)
 
 
+def _drop_unwritable(stream: TextIO | None) -> None:
+    """Let go of what cannot be written: Python would try again as it exits, complain, and change the exit code."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _complain(message: str, hint: str | None) -> None:
-    click.echo(f"error: {message}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
+    for kind, text in (("error", message), ("hint", hint)):
+        if text:
+            # One line, whatever stands in a file's name.
+            line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+            with contextlib.suppress(OSError):
+                click.echo(f"{kind}: {line}", err=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP as Ctrl-C, so that what was measured is saved."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}

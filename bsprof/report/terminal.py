@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 import msgspec
 from rich.console import Console
@@ -23,9 +25,39 @@ _NEGLIGIBLE = 0.0005
 """A phase below this share in every case gets words instead of a column."""
 
 
+class _Console(Console):
+    """A console that leaves it to its caller what a reader who has gone means; rich's own ends the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _Notices:
+    """Standard error that nobody need hear: a full disk or a closed pipe there must not end a sweep."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def console(*, stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr; it honours NO_COLOR, COLUMNS and the width of the terminal."""
-    found = Console(stderr=stderr, highlight=False)
+    """Return a console on stdout or stderr; it honours NO_COLOR, COLUMNS and the width of the terminal.
+
+    On stdout it raises OSError where nothing can be written any more, on stderr it goes on in silence.
+    """
+    file = cast(TextIO, _Notices(sys.stderr)) if stderr and sys.stderr is not None else None
+    found = _Console(file=file, stderr=stderr, highlight=False)
     if not found.is_terminal and "COLUMNS" not in os.environ:
         # A file has no width of its own; the whole table is of more use than 80 columns of it.
         found.width = _PIPED_WIDTH

@@ -143,13 +143,18 @@ def _ensure(folder: Path, width: int, height: int, count: int) -> None:
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            _generate(partial, width, height, count)
+            try:
+                _generate(partial, width, height, count)
+            except BaseException:  # a full disk would stay full
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
     except OSError as error:
         raise BsprofError(
-            f"cannot write images to {folder}: {error.strerror or error}", hint="choose another cache directory"
+            f"cannot write images to {folder}: {error.strerror or error}",
+            hint="set XDG_CACHE_HOME to a folder that can be written and has room",
         ) from error
 
 
