@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +23,7 @@ VERSION = "0.1.0"
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a code of `bsprof.errors.Exit`: the only place where errors become codes."""
     code: int = Exit.DONE
+    _speak_any_encoding()
     try:
         with _terminated_as_interrupted():
             code = commands.main(arguments, prog_name="bsprof", standalone_mode=False) or Exit.DONE
@@ -46,6 +50,25 @@ def main(arguments: list[str] | None = None) -> None:
     _drop_unwritable(sys.stdout)
     _drop_unwritable(sys.stderr)
     sys.exit(code)
+
+
+_PLAIN = str.maketrans("±·─━–—…×µ█≤≥→", "~|-=--.xu#<>>")  # noqa: RUF001 - they are what is replaced
+
+
+def _spell_out(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding lacks: by a look-alike of the same width where there is one, else by its number."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = unicodedata.normalize("NFKD", error.object[error.start : error.end].translate(_PLAIN))
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def _speak_any_encoding() -> None:
+    """Let a terminal or a file that is not UTF-8 cost a table its looks, not the user the table."""
+    codecs.register_error("bsprof", _spell_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="bsprof")
 
 
 def _drop_unwritable(stream: TextIO | None) -> None:
