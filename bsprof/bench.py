@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import shlex
 import socket
 import sys
 import time
@@ -22,7 +23,7 @@ from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.plan import Expansion, expand, expected_s, make_plan, parse_values
-from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, describe_environment, prepare, sweep
+from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, check_names, describe_environment, prepare, sweep
 
 RESERVE_BYTES_PER_CASE = 200_000
 """Room that a case's samples may take on disk; reserved before measuring, so that a full disk is known then."""
@@ -51,23 +52,38 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     stop, rest = _plan_flags(request.flags)
     past = _Past.read(request.resume) if request.resume else None
     from_file = store.read_plan(request.plan_file) if request.plan_file else None
-    if from_file and axes:
-        flag = "--" + next(iter(axes)).replace("_", "-")
+    if from_file and (axes or request.quick):
+        flag = "--" + next(iter(axes), "quick").replace("_", "-")
         raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
+    if past and request.output not in (None, "-"):
+        raise BsprofError(
+            f"--output {request.output}: a resumed sweep stays in {past.target}", hint="leave it out, and copy the file"
+        )
     with notices.status("starting") if notices.is_terminal else contextlib.nullcontext():
         environment = describe_environment()
     plan = _plan(axes, from_file, past, environment, quick=request.quick, stop=stop, rest=rest)
-    expansion = expand(plan, environment)
+    expansion = _expand(plan, environment, request.plan_file)
     for note in expansion.notes:
         notices.print(f"note: {note.text}", highlight=False)
+    settings = [case.settings for case in expansion.cases if case.settings]
     if dry_run:
-        terminal.render_cases(
-            expansion.cases, f"at most {expected_s(plan, len(expansion.cases)):.0f} s", terminal.console()
-        )
+        check_names(settings, plan)
+        done = {(m.case.key, m.case.process) for m in past.finished()} if past else set()
+        left = [case for case in expansion.cases if (case.key, case.process) not in done]
+        terminal.render_cases(left, f"at most {expected_s(plan, len(left)):.0f} s", terminal.console())
         return Exit.DONE
     with notices.status("preparing the data") if notices.is_terminal else contextlib.nullcontext():
-        prepare([case.settings for case in expansion.cases if case.settings], plan)
+        prepare(settings, plan)
     return _measure(request, plan, environment, expansion, past, started)
+
+
+def _expand(plan: Plan, environment: Environment, file: Path | None) -> Expansion:
+    try:
+        return expand(plan, environment)
+    except BsprofError as error:
+        if file:
+            raise BsprofError(f"{file}: {error.message}", hint=error.hint) from error
+        raise
 
 
 def _measure(
@@ -124,7 +140,7 @@ def _exit_code(swept: Swept, target: Path, notices: Any) -> int:
         left = sum(m.outcome.kind in UNFINISHED for m in swept.measurements)
         notices.print(
             f"interrupted: {left} of {len(swept.measurements)} cases are left; to measure them:\n"
-            f"  bsprof bench --resume {target}",
+            f"  bsprof bench --resume {shlex.quote(str(target))}",
             highlight=False,
             soft_wrap=True,
         )

@@ -13,10 +13,12 @@ import errno
 import fcntl
 import gzip
 import io
+import json
 import math
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
 import tempfile
@@ -167,13 +169,23 @@ def read_plan(path: Path) -> Plan:
         if isinstance(content, dict) and "schema" in content:
             _check_schema(path, content)
             return _plan_of_result(path, text)
-        return msgspec.json.decode(text, type=Plan)
+        plan = msgspec.json.decode(text, type=Plan)
+        json.loads(text, object_pairs_hook=_refuse_twins)
+        return plan
     raise AssertionError("a context that explains errors does not swallow them")
 
 
 def _finite_or_text(number: str) -> float | str:
     """Read a TOML number. Infinity and NaN, that the JSON carrying the plan has not, stay text: no number fits."""
     return value if math.isfinite(value := float(number)) else number
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raise ValueError where an object has a key twice: JSON lets the last one win, unseen."""
+    names = [name for name, _ in pairs]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twins[0]} is given twice")
+    return dict(pairs)
 
 
 def _plan_of_result(path: Path, text: bytes) -> Plan:
@@ -184,6 +196,9 @@ def _plan_of_result(path: Path, text: bytes) -> Plan:
             hint="it was measured inside a user's own loop; bsprof bench writes results that carry their plan",
         )
     return plan
+
+
+_A_PLAN = "a plan reads like: axes = { batch_size = [64, 128], workers = [1, 4] }; `bsprof bench --help` has all axes"
 
 
 def _plan_hint(place: str, what: str) -> str | None:
@@ -253,9 +268,10 @@ class Journal:
             try:
                 text = journal._read()
                 if b"\n" in text and text.startswith(_JOURNAL_START):
+                    target = shlex.quote(str(path.with_suffix("")))
                     raise BsprofError(
                         f"{path}: an unfinished sweep left this journal",
-                        hint=f"finish it with `bsprof bench --resume {path.with_suffix('')}`, or delete the journal",
+                        hint=f"finish it with `bsprof bench --resume {target}`, or delete the journal",
                     )
                 if not (text.startswith(_JOURNAL_START) or _JOURNAL_START.startswith(text)):
                     raise BsprofError(f"{path}: exists and is not a bsprof journal")
@@ -456,14 +472,16 @@ def _explained(file: Path | str, text: bytes, *, is_plan: bool = False) -> Itera
         if what.startswith("unknown") and re.search(r"\.(axes|blocks\[\d+\])\.[^.]*$", place):
             what = "unknown axis"
         line = _line_of(place, text)
-        raise BsprofError(f"{file}: {place}: {what}{line}", hint=_plan_hint(place, what)) from None
+        raise BsprofError(f"{file}: {place}: {what}{line}", hint=_plan_hint(place, what) or _A_PLAN) from None
     except msgspec.DecodeError as error:
-        raise BsprofError(f"{file}: {_syntax_fault(str(error), text)}") from None
+        raise BsprofError(f"{file}: {_syntax_fault(str(error), text)}", hint=_A_PLAN if is_plan else None) from None
     except tomllib.TOMLDecodeError as error:
         what, _, where = str(error).rstrip(")").rpartition(" (at ")
-        raise BsprofError(f"{file}: {where}: {_lowered(what)}") from None
+        raise BsprofError(f"{file}: {where}: {_lowered(what)}", hint=_A_PLAN) from None
     except UnicodeDecodeError:
         raise BsprofError(f"{file}: not UTF-8 text") from None
+    except ValueError as error:  # a key twice, or an integer of thousands of digits
+        raise BsprofError(f"{file}: {_lowered(str(error).partition(';')[0])}") from None
     except RecursionError:
         raise BsprofError(f"{file}: nested too deeply") from None
 

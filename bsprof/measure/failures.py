@@ -267,7 +267,7 @@ _COMPILERS = ("torch._inductor", "torch._dynamo")
 def _compilation(failure: _Failure, phase: str | None) -> Outcome | None:
     if not type(failure.error).__module__.startswith(_COMPILERS):
         return None
-    compiler = "install one, or name it in CXX; " if "compiler" in failure.headline.lower() else ""
+    compiler = "install a C++ compiler, or name it in CXX; " if "compiler" in failure.headline.lower() else ""
     return _outcome("error", failure.headline, f"{compiler}--compile off does without", phase, failure, {})
 
 

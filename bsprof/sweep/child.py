@@ -41,11 +41,18 @@ def describe(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     return store.to_json(environment.collect(Path(msgspec.json.decode(payload, type=str))))
 
 
-def prepare(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
-    """Check every name and make every data set of a PrepareRequest, so that no case meets a surprise."""
+def check_names(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Check every name in a PrepareRequest."""
     request = msgspec.json.decode(payload, type=PrepareRequest)
     for model, data in dict.fromkeys((s.model, s.data) for s in request.settings):
         registry.check_names(model, data)
+    return b"null"
+
+
+def prepare(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Check every name and make every data set of a PrepareRequest, so that no case meets a surprise."""
+    check_names(payload, requested_ns, emit)
+    request = msgspec.json.decode(payload, type=PrepareRequest)
     by_data = {(s.data, s.image_size): s for s in request.settings}
     for settings in by_data.values():
         emit(f"preparing {settings.data}", 0, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -16,6 +17,8 @@ from bsprof.model import AXES, Axes, Axis, Case, Environment, Note, Plan, Settin
 FULL_BUDGET_S = 115.0
 QUICK_BUDGET_S = 24.0
 """Time that the cases of a default plan share. With starting up it is about 2 minutes, or 30 s."""
+MOST_CASES = 100_000
+"""More than any sweep would ever finish: beyond it a plan is a slip."""
 CASE_TIME_RANGE_S = (5.0, 20.0)
 """A case given less cannot warm up; one given more rarely gains."""
 
@@ -35,15 +38,21 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
     says. Raises BsprofError for values that bsprof cannot measure.
     """
     requested: list[Settings] = []
+    asked = 0
     for block in plan.blocks or (Axes(),):
         values = {**_given(plan.axes), **_given(block)}
         choices = [values.get(name, (axis.default,)) for name, axis in AXES.items()]
         for name, given in values.items():
             if not given:
                 raise BsprofError(f"$.axes.{name}: no values", hint="give at least one, or leave the axis out")
+        asked += plan.repeat * math.prod(map(len, choices))
+        if asked > MOST_CASES:
+            raise BsprofError(
+                f"{asked:,} cases or more: bsprof measures {MOST_CASES:,} at the most", hint="ask for less"
+            )
         requested.extend(Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*choices))
     if any(settings.world_size > 1 for settings in requested):
-        raise BsprofError("world_size: more than 1 is not yet supported", hint="leave --world-size out, or give 1")
+        raise BsprofError("world_size: more than 1 is not yet supported", hint="leave it out, or give 1")
     meaningful = {case_key(collapsed): collapsed for s in requested for collapsed in (collapse(s, environment),)}
     cases = [
         Case(key=key, settings=settings, process=process)

@@ -178,6 +178,11 @@ def describe_environment(directory: str | None = None) -> Environment:
     return msgspec.json.decode(_ask("describe", directory or current_directory()), type=Environment)
 
 
+def check_names(all_settings: Sequence[Settings], plan: Plan) -> None:
+    """Raise BsprofError where a model or a data set cannot be found."""
+    _ask("check_names", {"settings": list(all_settings), "plan": plan})
+
+
 def prepare(all_settings: Sequence[Settings], plan: Plan) -> None:
     """Check every name and make every data set, before anything is timed. Raises BsprofError."""
     _ask("prepare", {"settings": list(all_settings), "plan": plan})
