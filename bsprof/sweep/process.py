@@ -152,19 +152,18 @@ def _start_server() -> Path:
     parent has gone, even by SIGKILL, and removes its folder then.
     """
     forkserver.set_forkserver_preload(list(PRELOAD))
-    try:
-        folder = get_temp_dir()
-        scratch = Path(tempfile.mkdtemp(dir=folder))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise BsprofError(f"temporary files: {reason}", hint="point TMPDIR to a folder with room") from error
     resource_tracker.ensure_running()  # the fork server would start it too, but that unblocks signals
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    os.environ[_FOLDER] = folder
     try:
+        folder = os.environ[_FOLDER] = get_temp_dir()
+        scratch = Path(tempfile.mkdtemp(dir=folder))
         forkserver.ensure_running()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "point TMPDIR to a folder with room and a short name: sockets are made in it"
+        raise BsprofError(f"temporary files: {reason}", hint=hint) from error
     finally:
-        del os.environ[_FOLDER]
+        os.environ.pop(_FOLDER, None)
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     return scratch
 
