@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from rich.console import Console
+from rich.control import Control
 
 from bsprof import store
 from bsprof.compare import environment_differences
@@ -98,7 +100,7 @@ def _measure(
     target, journal = past.reopen(header, reserve) if past else _open_journal(request.output, header, reserve)
     notices = terminal.console(stderr=True)
     done = past.finished() if past else []
-    with journal, Interruption() as stop:
+    with journal, Interruption(_farewell(target, notices)) as stop:
         left = len(expansion.cases) - len(done)
         with Progress(notices, left, expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
             swept = sweep(expansion.cases, plan, ProcessExecutor(stop), journal, progress, stop, done)
@@ -123,6 +125,12 @@ def _measure(
     if target.exists():
         notices.print(f"\nsaved {target}", highlight=False, soft_wrap=True)
     return _exit_code(swept, target, notices)
+
+
+def _farewell(target: Path, notices: Console) -> str:
+    """Return what to say when there is no time for more: on a terminal its cursor must come back as well."""
+    cursor = str(Control.show_cursor(True)) if notices.is_terminal else ""
+    return f"{cursor}\ninterrupted at once; to measure the rest:\n  bsprof bench --resume {_quoted(target)}\n"
 
 
 def _with_way_out(failure: BsprofError, target: Path) -> BsprofError:
@@ -162,7 +170,7 @@ def _keep(
     return None
 
 
-def _exit_code(swept: Swept, target: Path, notices: Any) -> int:
+def _exit_code(swept: Swept, target: Path, notices: Console) -> int:
     if swept.interrupted:
         left = sum(m.outcome.kind in UNFINISHED for m in swept.measurements)
         notices.print(

@@ -91,6 +91,7 @@ def _cells_width(column: _Column) -> int:
 
 def _print_grid(console: Console, columns: Sequence[_Column], after: dict[int, list[Text]], lead: int) -> None:
     """Print columns under their headers; rows in `after` follow row i and span all columns but the first `lead`."""
+    columns = _squeezed(columns, console.width)
     widths = [_cells_width(column) for column in columns]
 
     def line(cells: Iterable[Text]) -> Text:
@@ -114,6 +115,23 @@ def _print_grid(console: Console, columns: Sequence[_Column], after: dict[int, l
                 part.rstrip()
                 _print_line(console, Text.assemble(start, part))
                 start = Text(" " * start.cell_len)
+
+
+_SHORTEST_NAME = 8
+
+
+def _squeezed(columns: Sequence[_Column], width: int) -> list[_Column]:
+    """Shorten names, the longest column first and from their front, as far as it takes to fit into `width`."""
+    squeezed = list(columns)
+    for index in sorted(range(len(columns)), key=lambda index: -_cells_width(columns[index])):
+        excess = _width(squeezed) - width
+        if excess <= 0:
+            break
+        if not columns[index].right:
+            room = max(_SHORTEST_NAME, _cells_width(columns[index]) - excess)
+            cells = [cell if cell.cell_len <= room else Text("…") + cell[1 - room :] for cell in columns[index].cells]
+            squeezed[index] = _column(columns[index].header, cells, right=False)
+    return squeezed
 
 
 def _print_line(console: Console, text: Text) -> None:

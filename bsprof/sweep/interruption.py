@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -15,12 +16,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interruption:
     """Hears signals while it is entered: the first asks to stop, the second leaves at once.
 
-    Leaving at once loses nothing that was journalled, and the running case ends with its parent. `requested` tells
-    whether a stop was asked for; `fileno()` becomes readable then, for a wait that must wake.
+    Leaving at once loses nothing that was journalled, and the running case ends with its parent; `farewell` is all that
+    is still said, on stderr. `requested` tells whether a stop was asked for; `fileno()` becomes readable then, for a
+    wait that must wake.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, farewell: str = "") -> None:
         self.requested = False
+        self._farewell = farewell.encode(errors="backslashreplace")
         self._reader, self._writer = os.pipe()
         self._before: dict[int, Any] = {}
 
@@ -30,6 +33,8 @@ class Interruption:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            with contextlib.suppress(OSError):
+                os.write(2, self._farewell)
             os._exit(Exit.INTERRUPTED)
         self.requested = True
         os.write(self._writer, b"\0")
