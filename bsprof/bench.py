@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import math
 import re
 import shlex
 import socket
@@ -27,7 +28,7 @@ from bsprof.model import AXES, Environment, Measurement, Plan, Result
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.interruption import Interruption
-from bsprof.sweep.plan import Expansion, expand, expected_s, make_plan, parse_values
+from bsprof.sweep.plan import Expansion, convert_flags, expand, expected_s, make_plan, parse_values
 from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, check_names, describe_environment, prepare, sweep
 
 RESERVE_BYTES_PER_CASE = 200_000
@@ -201,7 +202,7 @@ def _plan(
         if not (axes or from_file or stop or rest or quick):
             return past.plan
     if from_file:
-        plan = _converted(
+        plan = convert_flags(
             {**msgspec.to_builtins(from_file), **rest, "stop": {**msgspec.to_builtins(from_file.stop), **stop}}
         )
     else:
@@ -214,18 +215,14 @@ def _plan(
     return plan
 
 
-def _converted(fields: Mapping[str, Any]) -> Plan:
-    try:
-        return msgspec.convert(fields, Plan)
-    except msgspec.ValidationError as error:
-        raise BsprofError(str(error), hint="see `bsprof bench --help`") from error
-
-
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the given flags as fields of Stop and of Plan."""
+    for flag in ("precision", "max_case_time", "deadline"):
+        if flags[flag] is not None and not math.isfinite(flags[flag]):
+            raise BsprofError(f"--{flag.replace('_', '-')}: {flags[flag]} is no finite number", hint="give a number")
     stop = {
         field: flags[flag]
         for flag, field in (("precision", "precision"), ("max_case_time", "max_case_time_s"))

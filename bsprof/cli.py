@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        hint = f"see `{context.command_path} --help`" if context else None
+        hint = f"see `{context.command_path if context else 'bsprof'} --help`"
         _complain(" ".join(error.format_message().split()), hint)
         code = Exit.USAGE
     except (KeyboardInterrupt, click.Abort):

@@ -48,6 +48,7 @@ def classify(error: BaseException, phase: str | None = None, *, oom_kills: int =
         or _shm(failure, phase)
         or _device_memory(failure, phase)
         or _host_memory(failure, phase)
+        or _descriptors(failure, phase)
         or _compilation(failure, phase)
         or _other(failure, phase)
     )
@@ -257,6 +258,27 @@ def _host_memory(failure: _Failure, phase: str | None) -> Outcome | None:
         message += f": {_words(asked)} asked"
         message += f" under a limit of {_words(limit)}" if limit != resource.RLIM_INFINITY else ""
     return _outcome("host_oom", message, SMALLER_LOADER, phase, failure, evidence)
+
+
+# --- file descriptors -----------------------------------------------------------------------------------
+
+_BROKEN_OFF = ("received 0 items of ancdata", "recvfds")
+
+
+def _descriptors(failure: _Failure, phase: str | None) -> Outcome | None:
+    """Tell a batch that broke off on its way from a worker: each tensor on that way takes an open file."""
+    spoken = getattr(failure.error, "errno", None) == errno.EMFILE or "Too many open files" in failure.text
+    broken_off = any(sign in failure.text or sign in failure.traceback for sign in _BROKEN_OFF)
+    if not (spoken or broken_off):
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    said = (
+        f"too many open files{failure.where}"
+        if spoken
+        else f"a batch broke off on its way from a worker{failure.where}"
+    )
+    hint = f"raise the limit of open files (`ulimit -n`, now {limit}), or use a smaller --prefetch or fewer --workers"
+    return _outcome("error", f"{said}: {failure.headline}", hint, phase, failure, {"open_files_limit": limit})
 
 
 # --- compilation ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -109,14 +110,26 @@ def make_plan(
     if not {"jpeg", "synthetic"}.issuperset(axes.get("data", ())):
         # Other data has a size of its own.
         defaults.pop("image_size", None)
-    try:
-        plan = msgspec.convert({"axes": {**defaults, **axes}, "stop": stop, **rest}, Plan)
-    except msgspec.ValidationError as error:
-        raise BsprofError(str(error), hint="see `bsprof bench --help`") from error
+    plan = convert_flags({"axes": {**defaults, **axes}, "stop": stop, **rest})
     if "max_case_time_s" not in stop:
         share = case_time_s(len(expand(plan, environment).cases), quick=quick)
         plan = msgspec.structs.replace(plan, stop=msgspec.structs.replace(plan.stop, max_case_time_s=round(share, 1)))
     return plan
+
+
+_FLAGS = {"max_case_time_s": "max-case-time", "deadline_s": "deadline", "host_memory_bytes": "host-memory"}
+"""Flags that are not called like their field in a plan."""
+
+
+def convert_flags(fields: Mapping[str, Any]) -> Plan:
+    """Return the plan of `fields`, or raise BsprofError naming the flag whose value does not fit."""
+    try:
+        return msgspec.convert(fields, Plan)
+    except msgspec.ValidationError as error:
+        fault, _, place = str(error).replace("`", "").rpartition(" - at ")
+        field = re.sub(r"\[[\d.]*\]", "", place).rpartition(".")[2]
+        flag = _FLAGS.get(field, field.replace("_", "-"))
+        raise BsprofError(f"--{flag}: {fault[:1].lower()}{fault[1:]}", hint="see `bsprof bench --help`") from error
 
 
 def expected_s(plan: Plan, cases: int) -> float:

@@ -14,6 +14,9 @@ from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, S
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.process import ChildError, Death, Progressed, call, current_directory
 
+LAST_WORDS = 200
+"""Characters of what a dying process said last that its outcome repeats."""
+
 UNFINISHED = ("interrupted", "skipped")
 """Outcomes of a case that is still to be measured."""
 
@@ -167,7 +170,9 @@ def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -
             evidence={**evidence, "oom_kills": oom_kills},
         )
     how = f"killed by {death.signal.name}" if death.signal else f"exited with code {death.exit_code}"
-    return Outcome(kind="crash", message=f"{how} in {stage}", phase=stage, evidence=evidence)
+    *_, last = ["", *death.last_words.splitlines()]
+    said = f": {last.strip()[:LAST_WORDS]}" if last else ""
+    return Outcome(kind="crash", message=f"{how} in {stage}{said}", phase=stage, evidence=evidence)
 
 
 def describe_environment(directory: str | None = None) -> Environment:
