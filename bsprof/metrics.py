@@ -167,7 +167,7 @@ def _recorder(reading: Reading) -> Value:
 
 def _recorder_share(reading: Reading) -> Value:
     cost = _recorder(reading)
-    return cost / reading.median.value if isinstance(cost, float) and reading.median else None
+    return cost / reading.median.value if isinstance(cost, float) and reading.median and reading.median.value else None
 
 
 def _faults(reading: Reading) -> Value:

@@ -127,7 +127,7 @@ def _check_schema(path: Path, content: Any) -> None:
 
 
 def _check_samples(place: str, samples: Samples | None) -> None:
-    """Raise BsprofError where arrays that hold one entry a step disagree, or a block counts less than nothing."""
+    """Raise BsprofError where arrays that hold one entry a step disagree, or something is less than nothing."""
     if samples is None:
         return
     arrays = {f"host_ns.{phase}": times for phase, times in samples.host_ns.items()}
@@ -138,6 +138,14 @@ def _check_samples(place: str, samples: Samples | None) -> None:
     for name, times in arrays.items():
         if len(times) != steps:
             raise BsprofError(f"{place}.{name}: {len(times)} entries for {steps} steps")
+    for name, times in {"step_ns": samples.step_ns, **arrays}.items():
+        if not name.startswith("device") and min(times, default=0) < 0:
+            raise BsprofError(f"{place}.{name}: {min(times)} ns, less than nothing")
+    if samples.batch_size is not None and samples.batch_size < 1:
+        raise BsprofError(f"{place}.batch_size: expected int >= 1, got {samples.batch_size}")
+    for boundary in samples.epoch_boundaries:
+        if not 0 <= boundary < steps:
+            raise BsprofError(f"{place}.epoch_boundaries: there is no step {boundary} among {steps}")
     for index, block in enumerate(samples.blocks):
         for count in ("steps", "wall_ns"):
             if getattr(block, count) < 0:

@@ -202,14 +202,21 @@ def noun(kind):
 
 
 def consistent(samples):
-    """Give every array as many entries as there are steps, and no block a negative count."""
+    """Give every array as many entries as there are steps, and nothing that cannot be negative a negative value."""
+    steps = len(samples.step_ns)
 
     def fitted(times):
-        return (times + [0] * 3)[: len(samples.step_ns)]
+        return (times + [0] * 3)[:steps]
+
+    def positive(times):
+        return [abs(time) for time in times]
 
     return msgspec.structs.replace(
         samples,
-        host_ns={phase: fitted(times) for phase, times in samples.host_ns.items()},
+        batch_size=None if samples.batch_size is None else abs(samples.batch_size) + 1,
+        step_ns=positive(samples.step_ns),
+        epoch_boundaries=[index % steps for index in samples.epoch_boundaries if steps],
+        host_ns={phase: positive(fitted(times)) for phase, times in samples.host_ns.items()},
         device_ns=samples.device_ns and {phase: fitted(times) for phase, times in samples.device_ns.items()},
         device_step_ns=None if samples.device_step_ns is None else fitted(samples.device_step_ns),
         blocks=[Block(kind=b.kind, steps=b.steps % 2**31, wall_ns=b.wall_ns % 2**31) for b in samples.blocks],
@@ -415,6 +422,9 @@ def damaged(path, *place, value):
             "samples.blocks[1].steps: expected int >= 0, got -1",
         ),
         (("measurements", 0, "samples", "blocks", 0, "wall_ns"), -1, "blocks[0].wall_ns: expected int >= 0, got -1"),
+        (("measurements", 0, "samples", "step_ns", 1), -5, "[0].samples.step_ns: -5 ns, less than nothing"),
+        (("measurements", 0, "samples", "batch_size"), 0, "[0].samples.batch_size: expected int >= 1, got 0"),
+        (("measurements", 0, "samples", "epoch_boundaries"), [3], "epoch_boundaries: there is no step 3 among 3"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, place, value, message):

@@ -110,6 +110,11 @@ def case_name(case: Case, varying: Sequence[str]) -> str:
     return ", ".join(f"{name} {text}" for name, text in named if text != MISSING) or case.settings.model
 
 
+def printable(text: str) -> str:
+    """Replace each character that is none, such as the escapes that steer a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     """Write a count with its noun: `1 case`, `3 cases`."""
     return f"{count} {noun if count == 1 else nouns or noun + 's'}"

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from bsprof.metrics import CaseSummary
 from bsprof.model import Case, Measurement
-from bsprof.report.figures import case_name, duration, percent, plural, rate
+from bsprof.report.figures import case_name, duration, percent, plural, printable, rate
 
 _REDRAW_S = 1.0
 _BAR_WIDTH = 30
@@ -112,7 +112,7 @@ class Progress:
         if outcome.kind != "ok":
             text.append(outcome.kind, "bold red")
             message = (outcome.message or "").strip().partition("\n")[0]
-            return text.append(f": {message}") if message else text
+            return text.append(f": {printable(message)}") if message else text
         text.append(duration(summary.value("step")), "bold")
         text.append(f" ±{percent(summary.value('precision'))}" if summary["precision"] is not None else "")
         if summary["throughput"] is not None:

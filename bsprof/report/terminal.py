@@ -135,6 +135,9 @@ def _squeezed(columns: Sequence[_Column], width: int) -> list[_Column]:
 
 
 def _print_line(console: Console, text: Text) -> None:
+    if not text.plain.isprintable():
+        # A message may hold anything: what moves the cursor or paints the screen must not reach the terminal.
+        text.plain = figures.printable(text.plain)
     console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
 
 

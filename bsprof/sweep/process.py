@@ -39,7 +39,7 @@ _LOG = "output"
 _FOLDER = "BSPROF_FORK_SERVERS_FOLDER"
 
 STDERR_TAIL = 4000
-"""Characters of a dead child's last words that are kept."""
+"""Bytes of a dead child's last words that are kept."""
 
 
 class Message(msgspec.Struct, tag_field="kind", tag=str.lower):
@@ -238,9 +238,19 @@ def _understand(
         case Raised(message=text, traceback=trace):
             raise ChildError(target, text, trace)
         case _:
-            last_words = log.read_text(errors="replace")[-STDERR_TAIL:].strip() if log.exists() else ""
-            killed = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
-            return None, Death(killed, exit_code, isinstance(message, _TimedOut), last_words)
+            killed = None
+            if exit_code is not None and -exit_code in set(signal.Signals):  # real-time signals have no names
+                killed = signal.Signals(-exit_code)
+            return None, Death(killed, exit_code, isinstance(message, _TimedOut), _last_words(log))
+
+
+def _last_words(log: Path) -> str:
+    """Return the end of what the child wrote, which may have been anything and much of it."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - STDERR_TAIL))
+        return file.read().decode(errors="replace").strip()
 
 
 # --- in the child -----------------------------------------------------------------------------------
