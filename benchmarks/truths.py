@@ -25,6 +25,7 @@ import psutil
 
 from bsprof import metrics, store
 from bsprof.model import Case, Measurement, Outcome, Result, Samples, Settings
+from bsprof.sweep.runner import describe_environment
 
 BSPROF = (sys.executable, "-m", "bsprof")
 
@@ -106,7 +107,7 @@ def main() -> None:
         verdicts.add("cases measured", len(ok), len(result.measurements), "cases", at_least=True)
         residuals = [case.value("residual") for case in metrics.summarise(result)]
         largest = max(float("inf") if residual is None else abs(residual) for residual in residuals)
-        verdicts.add("largest |residual|", 100 * largest, 1, "% of the step")
+        verdicts.add("largest residual, without its sign", 100 * largest, 1, "% of the step")
         starts = [m.startup.process_ns / 1e9 for m in ok if m.startup and m.startup.process_ns is not None]
         verdicts.add("slowest start of a case", max(starts), 0.5, "s")
         outside = [m.wall_s - (m.inside_s or 0) for m in ok]
@@ -128,7 +129,7 @@ def main() -> None:
             loads.append(time.perf_counter() - start)
         verdicts.add("loading it", statistics.median(loads), 1.5, "s")
     if arguments.json:
-        found = {"verdicts": verdicts.rows, "environment": msgspec.to_builtins(result.environment)}
+        found = {"verdicts": verdicts.rows, "environment": msgspec.to_builtins(describe_environment())}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(0 if all(row["ok"] for row in verdicts.rows) else 1)
 
