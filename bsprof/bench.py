@@ -28,7 +28,7 @@ from bsprof.model import AXES, Environment, Measurement, Plan, Result
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.interruption import Interruption
-from bsprof.sweep.plan import Expansion, convert_flags, expand, expected_s, make_plan, parse_values
+from bsprof.sweep.plan import Expansion, convert_flags, expand, expected_s, make_plan, parse_values, refuse_undecodable
 from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, check_names, describe_environment, prepare, sweep
 
 RESERVE_BYTES_PER_CASE = 200_000
@@ -232,6 +232,7 @@ def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     if flags["deadline"] is not None:
         plan["deadline_s"] = flags["deadline"]
     if flags["data_root"] is not None:
+        refuse_undecodable(flags["data_root"], "--data-root")
         plan["data_root"] = str(Path(flags["data_root"]).resolve())
     if flags["host_memory"] is not None:
         plan["host_memory_bytes"] = _bytes(flags["host_memory"])
@@ -312,6 +313,8 @@ class _Past(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> _Past:
         """Read what lies at `path`, or in the journal beside it."""
+        if path.is_dir():
+            raise BsprofError(f"--resume {path}: is a directory", hint="name the result file in it")
         target = path.with_name(path.name.removesuffix(".journal"))
         if _journal_path(target).exists():
             journal = store.Journal.resume(_journal_path(target))

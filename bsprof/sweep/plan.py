@@ -139,7 +139,17 @@ def expected_s(plan: Plan, cases: int) -> float:
 
 def parse_values(axis: Axis, text: str, flag: str) -> tuple[Any, ...]:
     """Return the values of a comma-separated list on the command line, or raise BsprofError naming `flag`."""
+    refuse_undecodable(text, flag)
     return tuple(_parse_value(axis, word.strip(), flag) for word in _split(axis, text))
+
+
+def refuse_undecodable(text: str, flag: str) -> None:
+    """Raise BsprofError for bytes of the command line that are no text: neither a plan nor a result could hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        raise BsprofError(f"{flag}: {shown}: not UTF-8", hint="a link to it with another name helps") from error
 
 
 def _split(axis: Axis, text: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from bsprof import cgroup
+from bsprof import cgroup, store
 from bsprof.errors import BsprofError
 from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
@@ -205,7 +205,7 @@ def check_clocks() -> list[Check]:
 
 def _ask(function: str, question: object) -> bytes:
     """Return the answer of a function of the child's, or raise BsprofError when it died."""
-    reply = call(f"bsprof.sweep.child:{function}", msgspec.json.encode(question))
+    reply = call(f"bsprof.sweep.child:{function}", store.to_json(question))
     if reply.value is None:
         assert reply.death is not None
         how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"
