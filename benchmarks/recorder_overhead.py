@@ -105,9 +105,9 @@ def variants(step: MlpStep) -> dict[str, Callable[[], int]]:
         "record_function": record_function,
         "torch.profiler active": active_profiler,
     }
-    if importlib.util.find_spec("traceml") is not None:
+    if importlib.util.find_spec("traceml_ai") is not None:
         with contextlib.suppress(ImportError, AttributeError):
-            from traceml.decorators import trace_step
+            from traceml_ai import trace_step
 
             def traceml() -> int:
                 start = clock()
