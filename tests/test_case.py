@@ -536,3 +536,21 @@ def test_the_real_executor_measures_in_a_process_of_its_own(monkeypatch):
     assert measurement.startup is not None
     assert measurement.startup.process_ns is not None
     assert watcher.stages.keys() == {"build", "warmup", "measure", "epoch"}
+
+
+def test_a_loader_whose_worker_died_is_not_torn_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queues may be locked for good: torch raised from a signal's handler, wherever the main thread was."""
+    from factories import KillsItsWorker
+
+    torn_down = []
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    shut_down = iterator._shutdown_workers
+    monkeypatch.setattr(iterator, "_shutdown_workers", lambda self: torn_down.append(self))
+    abandoned: list[BaseException] = []
+    monkeypatch.setattr(measuring, "_ABANDONED", abandoned)
+    try:
+        assert measure(settings(data=KillsItsWorker, workers=1)).outcome.kind == "crash"
+        assert torn_down == []
+    finally:
+        monkeypatch.setattr(iterator, "_shutdown_workers", shut_down)
+        abandoned.clear()

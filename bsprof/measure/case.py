@@ -53,6 +53,14 @@ LEAD_IN = 3
 EPOCH_SHARE = 0.1
 """A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
+_ABANDONED: list[BaseException] = []
+"""What ended the case, kept until the process ends, and through its traceback the loader's iterator too.
+
+When a worker dies, torch raises from its SIGCHLD handler, wherever the main thread happens to be. Where that is inside
+a queue's lock, the lock stays taken, and tearing the iterator down waits for it for ever (seen in 1 of 200 such deaths
+beside busy cores). The process ends with all its workers anyway.
+"""
+
 
 def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
     """Return what a data set needs to know of `settings` and `plan`; `cache` is where generated data lies."""
@@ -77,6 +85,7 @@ def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emi
     try:
         run.go(requested_ns, entered_ns)
     except BaseException as error:  # a user's code may call sys.exit() as well
+        _ABANDONED.append(error)
         oom_kills = (cgroup.oom_kills() or 0) - kills_before
         outcome = classify(error, running_phase(run.stages, error) or run.stage, oom_kills=oom_kills)
     samples = None
@@ -155,8 +164,6 @@ class CaseRun:
         except (OSError, EOFError):
             _blame_a_worker()
             raise
-        finally:
-            self.training.stop()
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
