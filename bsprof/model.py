@@ -19,7 +19,9 @@ SCHEMA = 1
 PHASES = ("data", "h2d", "forward", "backward", "optimizer")
 """The phases of bsprof's own step loop, in order. A user's loop may mark others: phases are keys, not fields."""
 
-OutcomeKind = Literal["ok", "oom", "host_oom", "shm", "timeout", "crash", "error", "interrupted", "skipped"]
+OutcomeKind = Literal[
+    "ok", "oom", "host_oom", "shm", "nondeterministic", "timeout", "crash", "error", "interrupted", "skipped"
+]
 
 
 class Noun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,6 +69,9 @@ class Settings(Noun, frozen=True, kw_only=True):
     threads: Annotated[Positive | None, _axis("threads", "torch CPU threads; by default the usable cores")] = None
     cudnn_benchmark: Annotated[bool | None, _axis("bench", "torch.backends.cudnn.benchmark", "cuda")] = False
     cudnn_deterministic: Annotated[bool | None, _axis("determ", "torch.backends.cudnn.deterministic", "cuda")] = False
+    deterministic_algorithms: Annotated[
+        bool, _axis("determ_algos", "torch.use_deterministic_algorithms, which is more than cudnn's own switch")
+    ] = False
     world_size: Annotated[Positive, _axis("world", "processes training together; more than 1 is not yet supported")] = 1
 
 
@@ -123,6 +128,14 @@ class Stop(Noun, frozen=True, kw_only=True):
     max_steps: Annotated[int, Meta(ge=2, description="instrumented steps measured at the most")] = 10_000
 
 
+class LargestBatchSearch(Noun, frozen=True, kw_only=True):
+    """Search the largest batch that fits, in place of an axis `batch_size`."""
+
+    margin: Annotated[float, Meta(ge=0, lt=1, description="share of the memory that must stay free")] = 0.05
+    steps: Annotated[int, Meta(ge=1, description="steps that it must survive")] = 50
+    most: Annotated[Positive, Meta(description="no larger batch is tried")] = 2**20
+
+
 class Plan(Noun, frozen=True, kw_only=True):
     """What to vary and how to stop.
 
@@ -138,6 +151,11 @@ class Plan(Noun, frozen=True, kw_only=True):
     malloc: Literal["pinned", "default"] = "pinned"
     deadline_s: Annotated[float, Meta(gt=0, description="a case past it is ended")] = 300.0
     host_memory_bytes: Annotated[int, Meta(ge=1, description="private memory a case's process may have")] | None = None
+    serialised_steps: Annotated[Natural, Meta(description="steps timed with a synchronisation at each boundary")] = 10
+    profile_steps: Annotated[Natural, Meta(description="steps under torch.profiler, after the timed window")] = 5
+    telemetry_hz: Annotated[float, Meta(ge=0, le=100, description="samples a second of clocks, power, memory")] = 10.0
+    nvtx: Annotated[bool, Meta(description="an NVTX range around each phase, for Nsight Systems")] = False
+    largest_batch: LargestBatchSearch | None = None
     data_root: str | None = None
     download: bool = False
 
@@ -205,6 +223,133 @@ class Samples(Noun, frozen=True, kw_only=True):
     final_loss: float | None = None
 
 
+class Serialised(Noun, frozen=True, kw_only=True):
+    """A few steps after the timed window with a synchronisation at each boundary: what each phase costs alone.
+
+    Their sum less the timed step is the overlap that training really has. On a machine with one clock there is none,
+    and the window is not run.
+    """
+
+    host_ns: dict[str, list[int]]
+    """Nanoseconds, one entry a step, as in Samples."""
+
+
+class Memory(Noun, frozen=True, kw_only=True):
+    """What the training held, in bytes: by the device's allocator, or by the operating system on a CPU."""
+
+    pool: Literal["device", "host"]
+    allocated_peak: int
+    """Highest sum of live tensors over the timed steps; on a CPU the highest resident set."""
+    reserved_peak: int | None = None
+    """Highest that the allocator held; what it holds beyond the live tensors is fragmentation or cache."""
+    allocated_between: int | None = None
+    """Live between steps: weights, gradients where they are kept, the optimizer's state."""
+    phase_allocated_peak: dict[str, int] = {}
+    """Highest while each phase ran, over a few steps apart from the timed ones."""
+    phase_reserved_peak: dict[str, int] = {}
+    inactive_split: int | None = None
+    """Free pieces of blocks that are partly in use: cannot be given back."""
+    retries: int | None = None
+    """Times that the allocator emptied its cache to satisfy a request."""
+    total: int | None = None
+    """The device's memory; on a CPU what the process may use."""
+    outside: int | None = None
+    """In use but not by this allocator: contexts, libraries, other processes."""
+
+
+class Hotspot(Noun, frozen=True, kw_only=True):
+    """All launches of one kernel, or calls of one operator, in the profiler window."""
+
+    name: str
+    calls: int
+    ns: int
+    """Kernels: time on the device. Operators: time of their own on the host, without the operators they call."""
+
+
+class Copy(Noun, frozen=True, kw_only=True):
+    """All memory copies of one direction in the profiler window."""
+
+    direction: str
+    """`HtoD`, `DtoH`, `DtoD` or `PtoP`, and behind it the host's memory where it is told: `HtoD pinned`."""
+    calls: int
+    ns: int
+    bytes: int | None = None
+
+
+class Profile(Noun, frozen=True, kw_only=True):
+    """A few steps under `torch.profiler` after the timed window. Shares are its truth; its times are distorted."""
+
+    steps: int
+    wall_ns: int
+    phase_ns: dict[str, int]
+    """Host time of each phase over all steps, profiler included."""
+    busy_ns: dict[str, int] | None = None
+    """Time in which at least one kernel or copy that the phase launched ran; null where no device was traced."""
+    busy_total_ns: int | None = None
+    """Time in which at least one kernel or copy ran, whoever launched it."""
+    launches: int | None = None
+    kernels_ns: int | None = None
+    """Sum over all kernels: their shares' denominator."""
+    kernels: tuple[Hotspot, ...] = ()
+    """The costliest kernels, most time first."""
+    copies: tuple[Copy, ...] = ()
+    operators_ns: int = 0
+    """Sum of all operators' own host time: their shares' denominator."""
+    operators: tuple[Hotspot, ...] = ()
+    """The costliest operators by their own host time, most time first."""
+    trace: str | None = None
+    """The Chrome trace's file, where one was asked for."""
+
+
+class Energy(Noun, frozen=True, kw_only=True):
+    """Energy of the device while the timed steps ran. It includes idle power and whoever else used the device."""
+
+    joules: float | None
+    """Null where it cannot be resolved; `reason` says why."""
+    source: Literal["counter", "power"] | None
+    """The device's energy counter, or its power readings integrated."""
+    window_ns: int
+    """Time from the first to the last update that lies in the timed window."""
+    steps: float
+    """Steps in that time, a fraction included."""
+    updates: int
+    """Changes of the counter, or readings, in that time."""
+    resolvable: bool
+    reason: str | None = None
+
+
+class ForeignProcess(Noun, frozen=True, kw_only=True):
+    """Somebody else's process on the device."""
+
+    pid: int
+    name: str | None
+    memory_bytes: int | None
+
+
+class Telemetry(Noun, frozen=True, kw_only=True):
+    """Clocks, power, temperature and memory, sampled by a process of its own while the timed steps ran.
+
+    Columns have one entry a sample; null is 'not told then', and what the device never tells has no column.
+    """
+
+    source: str
+    """`nvml`, `replay`, or `none` where no device tells anything."""
+    device_uuid: str | None = None
+    time_ns: list[int]
+    """Since the timed window began; samples shortly before and after it are kept."""
+    window_ns: int
+    device: dict[str, list[int | float | None]] = {}
+    host: dict[str, list[int | float | None]] = {}
+    limits: dict[str, int | float | None] = {}
+    """What does not change: largest clocks, power limit, slow-down temperature, widest PCIe link."""
+    unsupported: tuple[str, ...] = ()
+    """Fields that this device does not tell."""
+    foreign: tuple[ForeignProcess, ...] = ()
+    energy: Energy | None = None
+    sampler_cpu_ns: int | None = None
+    """Core time that the sampling process took from the first sample to the last."""
+
+
 class Startup(Noun, frozen=True, kw_only=True):
     """What a case costs before its first steady step, and at each epoch's end."""
 
@@ -241,10 +386,36 @@ class Note(Noun, frozen=True, kw_only=True):
     text: str
 
 
+class Backends(Noun, frozen=True, kw_only=True):
+    """torch's switches as they were read back after the timed window."""
+
+    cudnn_enabled: bool
+    cudnn_version: int | None
+    """Null where there is no cuDNN."""
+    cudnn_benchmark: bool
+    cudnn_deterministic: bool
+    cudnn_allow_tf32: bool
+    matmul_allow_tf32: bool
+    deterministic_algorithms: Literal["off", "warn", "on"]
+    cublas_workspace_config: str | None
+    allocator_config: str | None
+    """`PYTORCH_CUDA_ALLOC_CONF` or `PYTORCH_ALLOC_CONF`."""
+
+
 class Facts(Noun, frozen=True, kw_only=True):
     """What was in force in the case, as against what was asked."""
 
     device: str
+    clock: Literal["host", "host and device"] = "host"
+    """Which clocks timed the steps."""
+    backends: Backends | None = None
+    dtype: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    """What the model's matrix products are computed in."""
+    batch_bytes: int | None = None
+    """What `h2d` moves a step."""
+    flops_per_step: int | None = None
+    """Floating-point operations of a step's matrix products and convolutions, forward and backward, a multiply-add
+    counting as two (`torch.utils.flop_counter`)."""
     threads: int
     parameters: int | None = None
     image_size: int | None = None
@@ -265,7 +436,32 @@ class Measurement(Noun, frozen=True, kw_only=True):
     facts: Facts | None = None
     startup: Startup | None = None
     samples: Samples | None = None
+    serialised: Serialised | None = None
+    memory: Memory | None = None
+    profile: Profile | None = None
+    telemetry: Telemetry | None = None
     notes: tuple[Note, ...] = ()
+
+
+class LargestBatch(Noun, frozen=True, kw_only=True):
+    """The largest batch that fits under `settings`, whose own `batch_size` means nothing here."""
+
+    settings: Settings
+    batch_size: int | None
+    """Null where not even one sample fits."""
+    margin: float
+    steps: int
+    """Steps that it survived, in a process of its own, with `margin` of the memory kept from it."""
+    tried: dict[str, OutcomeKind]
+    """Every batch size tried, as text, and how it ended."""
+    memory_bytes: int | None = None
+    """What the search let a process have."""
+    predicted: float | None = None
+    predicted_low: float | None = None
+    predicted_high: float | None = None
+    """The batch that the line through the smaller batches' peaks said would fit, and its 95 % interval."""
+    complete: bool = True
+    """Whether the next larger batch was seen to fail; false where `most` or an interruption ended the search."""
 
 
 class Check(Noun, frozen=True, kw_only=True):
@@ -295,6 +491,12 @@ class Accelerator(Noun, frozen=True, kw_only=True):
     uuid: str | None = None
     memory_bytes: int | None = None
     capability: str | None = None
+    multiprocessors: int | None = None
+    pcie: str | None = None
+    """The widest link that card and slot agree on, as `gen5 x16`."""
+    power_limit_w: float | None = None
+    mig: bool | None = None
+    """Whether this is a slice of a GPU, or null where nothing tells."""
 
 
 class Environment(Noun, frozen=True, kw_only=True):
@@ -331,6 +533,29 @@ class Environment(Noun, frozen=True, kw_only=True):
     """Environment variables that change the numbers (`OMP_*`, `MALLOC_*`, `CUDA_*`, …)."""
 
 
+class Ceiling(Noun, frozen=True, kw_only=True):
+    """The most that one part of this machine does, measured: median and 95 % interval."""
+
+    value: float
+    unit: Literal["B/s", "FLOP/s", "1/s", "cores"]
+    low: float | None = None
+    high: float | None = None
+
+
+class Ceilings(Noun, frozen=True, kw_only=True):
+    """What this machine can do, measured by `bsprof env --measure` and kept under its hardware's identity."""
+
+    identity: str
+    """A hash of the hardware and software that the rates depend on."""
+    created: str
+    rates: dict[str, Ceiling]
+    """By name: `h2d_pinned`, `h2d_pageable`, `d2d`, `matrix_fp32`, `matrix_tf32`, `matrix_bf16`, `matrix_fp16`,
+    `jpeg_core`, `jpeg_all`, `disk_cold`, `disk_warm`, `cpu_cores`."""
+    missing: dict[str, str] = {}
+    """What could not be measured, and why."""
+    wall_s: float | None = None
+
+
 class Result(Noun, frozen=True, kw_only=True):
     """A whole sweep, reproducible from this file alone."""
 
@@ -341,5 +566,7 @@ class Result(Noun, frozen=True, kw_only=True):
     """Null for a user's own loop."""
     environment: Environment
     measurements: list[Measurement]
+    largest_batches: list[LargestBatch] = []
+    ceilings: Ceilings | None = None
     wall_s: float | None = None
     notes: tuple[Note, ...] = ()

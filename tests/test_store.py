@@ -173,10 +173,11 @@ def strategy(kind):
     """Return a strategy of all values of a noun's field type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        limits = {k: getattr(m, k) for m in args[1:] for k in ("ge", "gt", "lt") if getattr(m, k) is not None}
+        limits = {k: getattr(m, k) for m in args[1:] for k in ("ge", "gt", "le", "lt") if getattr(m, k) is not None}
         if args[0] is float:
-            return st.floats(limits.get("gt"), limits.get("lt"), exclude_min=True, exclude_max="lt" in limits).filter(
-                math.isfinite
+            low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+            return st.floats(
+                low, high, exclude_min="gt" in limits, exclude_max="lt" in limits, allow_nan=False, allow_infinity=False
             )
         return st.integers(limits["ge"], 2**62) if "ge" in limits else strategy(args[0])
     if origin in (typing.Union, types.UnionType):
