@@ -13,12 +13,12 @@ import msgspec
 import torch
 
 from bsprof import cgroup, stats
-from bsprof.measure import malloc
+from bsprof.measure import backends, malloc
 from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
-from bsprof.measure.loop import Training, run_block, running_phase
+from bsprof.measure.loop import Stage, Training, run_block, run_serialised, running_phase
 from bsprof.measure.tape import Tape, cost_per_step_ns
 from bsprof.model import (
     Block,
@@ -30,6 +30,7 @@ from bsprof.model import (
     Outcome,
     Plan,
     Samples,
+    Serialised,
     Settings,
     Startup,
 )
@@ -104,6 +105,7 @@ def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emi
         facts=run.facts,
         startup=startup,
         samples=samples,
+        serialised=run.serialised,
         notes=tuple(run.notes),
     )
 
@@ -125,16 +127,18 @@ class CaseRun:
         self._device_clock: DeviceClock | None = device_clock(self._device)
         self._tape = Tape(device_clock=self._device_clock)
         self._blocks: list[Block] = []
-        self._block_bounds: list[tuple[int, int]] = []
+        self._block_stamps: list[tuple[int, int]] = []
         self._warmup_ns: list[int] = []
         self._steady = True
         self._step_ns: list[int] = []
+        self._timed: Samples | None = None
+        self.serialised: Serialised | None = None
         self._epoch_marks: list[int] = []
         self._counters: Counters | None = None
         self._marking = False
 
     @property
-    def stages(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+    def stages(self) -> tuple[Stage, ...]:
         """The stages of the step, once they are built."""
         return self._training.stages if self._training else ()
 
@@ -158,6 +162,9 @@ class CaseRun:
                 self._warm_up(host_clock() + round((end_ns - host_clock()) * WARMUP_SHARE))
             with self._stage("measure"):
                 self._measure(end_ns)
+                self._timed = self._read()
+            with self._stage("inspect"):
+                self._inspect()
             self.training.stop()
             with self._stage("epoch"):
                 self._price_epochs()
@@ -176,10 +183,7 @@ class CaseRun:
         start = host_clock()
         malloc_state = malloc.pin() if self.plan.malloc == "pinned" else "default"
         torch.set_num_threads(settings.threads or cores_of_this_process())
-        if settings.cudnn_benchmark is not None:
-            torch.backends.cudnn.benchmark = settings.cudnn_benchmark
-        if settings.cudnn_deterministic is not None:
-            torch.backends.cudnn.deterministic = settings.cudnn_deterministic
+        backends.configure(settings)
         torch.manual_seed(self.seed)
         data = build_data(settings.data, data_request(settings, self.plan, self.cache))
         model = build_model(settings.model, classes=data.classes, shape=data.shape, seed=self.seed)
@@ -200,8 +204,15 @@ class CaseRun:
             samples_in_dataset=samples,
             classes=data.classes,
             malloc=malloc_state,
+            dtype=backends.compute_dtype(model, settings.amp, self._device),
+            clock="host" if self._device_clock is None else "host and device",
         )
         self.startup = msgspec.structs.replace(self.startup, build_ns=host_clock() - start)
+        if self._device.type != "cpu" and self._device_clock is None:
+            self._note(
+                "no_device_clock",
+                f"{self._device.type} has no timing events here: phases are host times, and the device may lag behind",
+            )
         if samples is not None and samples < settings.batch_size:
             self._note("small_dataset", f"a batch of {settings.batch_size} repeats the {samples} samples there are")
 
@@ -210,7 +221,7 @@ class CaseRun:
         before = host_clock()
         self.training.start()
         started = host_clock()
-        (_, fetch), *rest = self.training.stages
+        (_, fetch), *rest = self.stages
         fetch()
         fetched = host_clock()
         for _, run in rest:
@@ -230,7 +241,7 @@ class CaseRun:
         scratch = Tape(device_clock=self._device_clock and device_clock(self._device))
         while True:
             start = host_clock()
-            run_block(self.training.stages, 1, scratch)
+            run_block(self.stages, 1, scratch)
             self._settle()
             now = host_clock()
             self._warmup_ns.append(now - start)
@@ -244,7 +255,7 @@ class CaseRun:
                 self._note("no_steady_state", f"{len(self._warmup_ns)} warm-up steps and still not steady")
                 break
         if self._device.type != "cpu":
-            run_block(self.training.stages, LEAD_IN, None)
+            run_block(self.stages, LEAD_IN, None)
 
     def _measure(self, end_ns: int) -> None:
         """Alternate blocks with and without marks, the order swapped from pair to pair, until precise or late."""
@@ -257,9 +268,11 @@ class CaseRun:
             for kind in ("instrumented", "bare") if pair % 2 == 0 else ("bare", "instrumented"):
                 self._run_block(kind, size)
             pair += 1
-            precision = stats.median(self._step_ns).precision
-            self.emit("measure", len(self._step_ns), precision)
+            # Where the device has a clock the step is the device's; what has passed by now tells without waiting.
+            seen = self._step_ns if self._device_clock is None else self._tape.passed_step_ns()
+            precision = stats.median(seen).precision if seen else None
             steps = len(self._step_ns)
+            self.emit("measure", steps, precision)
             precise = precision is not None and precision <= stop.precision and steps >= stop.min_steps and pair >= 2
             if precise:
                 break
@@ -268,6 +281,10 @@ class CaseRun:
                 self._note("precision_not_reached", f"{reached} after {steps} steps; asked for ±{stop.precision:.1%}")
                 break
         window.close()
+        assert self.facts is not None
+        self.facts = msgspec.structs.replace(
+            self.facts, backends=backends.in_force(), batch_bytes=self.training.batch_bytes()
+        )
         self._counters = window.counters()
         self.notes.extend(window.notes())
         loss = self.training.loss()
@@ -275,20 +292,19 @@ class CaseRun:
             self._note("loss_not_finite", f"the loss was {loss} at the end")
 
     def _run_block(self, kind: str, size: int) -> None:
-        first = len(self._tape)
+        first, events = len(self._tape), self._device_clock
+        self._tape.reserve(size * len(self.stages) + 1)
+        before = events.stamp() if events else 0
         if kind == "instrumented":
             self._marking = True
-            block = run_block(self.training.stages, size, self._tape)
+            block = run_block(self.stages, size, self._tape)
             self._marking = False
             self._step_ns.extend(self._tape.host_steps(first + 1).step_ns)
         else:
-            if self._device_clock is not None:
-                self._tape.begin()
-            block = run_block(self.training.stages, size, None)
-            if self._device_clock is not None:
-                self._tape.begin()
+            block = run_block(self.stages, size, None)
+        if events:
+            self._block_stamps.append((before, events.stamp()))
         self._blocks.append(block)
-        self._block_bounds.append((first, len(self._tape) - 1))
 
     def _block_size(self, end_ns: int) -> int:
         """Return steps a block: a small share of the time left, whole rounds of the workers where they fit."""
@@ -325,17 +341,38 @@ class CaseRun:
             starts.append(host_clock() - ended)
         self.startup = msgspec.structs.replace(self.startup, epoch_end_ns=ends, epoch_start_ns=starts)
 
+    def _inspect(self) -> None:
+        """Learn what would have distorted the timed window. What fails here costs a note, never the timed result."""
+        looks: list[tuple[str, Callable[[], None]]] = []
+        if self._device.type != "cpu" and self.plan.serialised_steps:
+            looks.append(("serialised window", self._serialise))
+        for name, look in looks:
+            try:
+                look()
+            except Exception as error:
+                outcome = classify(error, "inspect")
+                self._note("inspection_failed", f"{name}: {outcome.message}")
+
+    def _serialise(self) -> None:
+        self.serialised = run_serialised(self.stages, self.plan.serialised_steps, torch.accelerator.synchronize)
+
     def samples(self) -> Samples | None:
         """Return what was sampled, or None when no instrumented block was finished."""
+        return self._timed or self._read()
+
+    def _read(self) -> Samples | None:
+        """Read both clocks; waits for the device, so never inside a window."""
         if not self._step_ns:
             return None
         host = self._tape.host_steps()
         device = self._tape.device_steps()
         complete = len(self._step_ns)
-        blocks = [
-            msgspec.structs.replace(block, device_wall_ns=self._tape.device_span_ns(*bounds))
-            for block, bounds in zip(self._blocks, self._block_bounds, strict=True)
-        ]
+        blocks = self._blocks
+        if events := self._device_clock:
+            spans = [events.span_ns(*stamps) for stamps in self._block_stamps]
+            blocks = [
+                msgspec.structs.replace(block, device_wall_ns=span) for block, span in zip(blocks, spans, strict=True)
+            ]
         return Samples(
             batch_size=self.settings.batch_size,
             step_ns=host.step_ns[:complete],

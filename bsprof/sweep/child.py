@@ -11,6 +11,7 @@ import platformdirs
 from bsprof import store
 from bsprof.measure import case as measuring
 from bsprof.measure import environment, selftest
+from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
 
@@ -75,5 +76,5 @@ def catalogue(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
 
 
 def check_clocks(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
-    """Run the self-test."""
-    return msgspec.json.encode(selftest.run(emit))
+    """Run the self-test, on each clock that there is."""
+    return msgspec.json.encode(selftest.run(emit) + selftest.run_on_device(emit, present_device()))
