@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from rich.control import Control
 from bsprof import store
 from bsprof.compare import environment_differences
 from bsprof.errors import BsprofError, Exit
-from bsprof.model import AXES, Environment, Measurement, Plan, Result
+from bsprof.model import AXES, Case, Environment, Measurement, Plan, Result
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.interruption import Interruption
@@ -42,6 +42,7 @@ class Request(NamedTuple):
     quick: bool
     resume: Path | None
     output: str | None
+    trace: Path | None
     flags: Mapping[str, Any]
 
 
@@ -72,6 +73,8 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     for note in expansion.notes:
         notices.print(f"note: {note.text}", highlight=False)
     settings = [case.settings for case in expansion.cases if case.settings]
+    if not dry_run:
+        _check_trace(request.trace, plan, expansion.cases)
     if dry_run:
         check_names(settings, plan)
         done = {(m.case.key, m.case.process) for m in past.finished()} if past else set()
@@ -104,7 +107,8 @@ def _measure(
     with journal, Interruption(_farewell(target, notices)) as stop:
         left = len(expansion.cases) - len(done)
         with Progress(notices, left, expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
-            swept = sweep(expansion.cases, plan, ProcessExecutor(stop), journal, progress, stop, done)
+            executor = ProcessExecutor(stop, trace=_trace_places(request.trace, expansion.cases))
+            swept = sweep(expansion.cases, plan, executor, journal, progress, stop, done)
         result = Result(
             created=created,
             plan=plan,
@@ -215,12 +219,18 @@ def _plan(
     return plan
 
 
+_PLAN_FLAGS = (
+    *("repeat", "seed", "order", "malloc", "download"),
+    *("serialised_steps", "profile_steps", "telemetry_hz", "nvtx"),
+)
+"""Flags that are called like their field in a plan."""
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the given flags as fields of Stop and of Plan."""
-    for flag in ("precision", "max_case_time", "deadline"):
+    for flag in ("precision", "max_case_time", "deadline", "telemetry_hz"):
         if flags[flag] is not None and not math.isfinite(flags[flag]):
             raise BsprofError(f"--{flag.replace('_', '-')}: {flags[flag]} is no finite number", hint="give a number")
     stop = {
@@ -228,7 +238,7 @@ def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         for flag, field in (("precision", "precision"), ("max_case_time", "max_case_time_s"))
         if flags[flag] is not None
     }
-    plan = {name: flags[name] for name in ("repeat", "seed", "order", "malloc", "download") if flags[name] is not None}
+    plan = {name: flags[name] for name in _PLAN_FLAGS if flags[name] is not None}
     if flags["deadline"] is not None:
         plan["deadline_s"] = flags["deadline"]
     if flags["data_root"] is not None:
@@ -279,6 +289,33 @@ def _open_named_by_time(directory: Path, header: store.Header, reserve: int) -> 
             if not _journal_path(target).exists():
                 raise
     raise BsprofError(f"{stem}.json: a hundred results of this second exist", hint="name one with --output")
+
+
+def _trace_places(trace: Path | None, cases: Sequence[Case]) -> dict[Case, Path]:
+    """Return where each case's trace goes: the one file that was named, or a file for each case in a folder."""
+    if trace is None:
+        return {}
+    if trace.name.endswith((".json", ".json.gz")):
+        if len(cases) > 1:
+            raise BsprofError(f"--trace {trace}: {len(cases)} cases, one file", hint="name a folder")
+        return {case: trace.absolute() for case in cases}
+    folder = trace.absolute()
+    return {case: folder / f"trace-{case.key}-{case.process}.json.gz" for case in cases}
+
+
+def _check_trace(trace: Path | None, plan: Plan, cases: Sequence[Case]) -> None:
+    """Refuse a bad `--trace` before anything is measured, and make its folder."""
+    places = _trace_places(trace, cases)
+    if trace is None:
+        return
+    if not plan.profile_steps:
+        raise BsprofError("--trace: there is no trace without --profile-steps", hint="leave --profile-steps out")
+    try:
+        for folder in {place.parent for place in places.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BsprofError(f"--trace {trace}: {error.strerror}", hint="name another place") from error
 
 
 def _check_output(output: str | None) -> None:

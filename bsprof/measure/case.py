@@ -74,12 +74,15 @@ def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
     )
 
 
-def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit) -> Measurement:
+def measure(
+    case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit, trace: Path | None = None
+) -> Measurement:
     """Measure `case` in this process and return what came of it; a failure is an outcome, never an exception.
 
     `requested_ns` is the parent's reading of the host clock when it asked for this process. The parent adds `wall_s`.
+    The profiler's trace is kept in the file `trace`, if one is named.
     """
-    run = CaseRun(case, plan, cache, emit)
+    run = CaseRun(case, plan, cache, emit, trace)
     entered_ns = host_clock()
     outcome = Outcome(kind="ok")
     kills_before = cgroup.oom_kills() or 0
@@ -113,8 +116,9 @@ def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emi
 class CaseRun:
     """The state of one case while it is measured. What is known survives a failure in a later stage."""
 
-    def __init__(self, case: Case, plan: Plan, cache: Path, emit: Emit) -> None:
+    def __init__(self, case: Case, plan: Plan, cache: Path, emit: Emit, trace: Path | None) -> None:
         assert case.settings is not None
+        self.trace = trace
         self.settings, self.plan, self.cache, self.emit = case.settings, plan, cache, emit
         self.seed = plan.seed + case.process
         self.stage = "build"
