@@ -60,9 +60,16 @@ def test_a_transposed_convolution_is_counted_over_its_input():
 
 
 def test_a_whole_network_costs_three_times_its_forward_less_the_first_layers_input_gradient():
-    import torchvision
+    """A stem, a block of MobileNet's (expand, depthwise, project) with its shortcut, and a classifier."""
 
-    model = torchvision.models.mobilenet_v2(num_classes=10)
+    class Residual(nn.Sequential):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs + super().forward(inputs)
+
+    depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False)
+    block = Residual(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6(), depthwise, nn.Conv2d(24, 8, 1))
+    pool = nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), block, pool, nn.Flatten(), nn.Linear(8, 10))
     products: list[int] = []
 
     def note(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:

@@ -92,7 +92,7 @@ def _convolution_backward(
 
 
 _CORRECTED = {torch.ops.aten.convolution_backward: _convolution_backward}
-"""torch's own formula (seen in 2.15) counts the weight's gradient `groups` times: MobileNetV2's step nearly sevenfold."""
+"""torch's own formula (seen in 2.15) counts the weight's gradient `groups` times, MobileNetV2's step sevenfold."""
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, record_function, schedule, supported_activities
+from torch.profiler import ProfilerActivity, record_function, supported_activities
 
 from bsprof.errors import BsprofError
 from bsprof.measure.clock import host_clock
@@ -29,20 +29,18 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
 
     One more step is run before and left out: in it the profiler gets itself ready, which on CUDA takes longer than
     many steps. The device is waited for before and after the window, never inside it. With `trace` the Chrome trace,
-    which Perfetto opens, is left there, gzipped if the name ends in `.gz`: the whole file or nothing.
+    which Perfetto opens, is left there, gzipped if the name ends in `.gz`: the whole file or nothing. The step that is
+    left out is in it too, without ranges.
 
     On a CPU, and where the device could not be traced (`untraced` says why), the device's figures are None.
     Raises BsprofError inside another profiler, for a trace that cannot be read, and for a file that cannot be written;
     what a stage raises comes through, the profiler being stopped by then. On CUDA its library stays attached to the
     process, so nothing should be timed after this window.
     """
-    # Starting a second session would silently cancel the first, and that one is the user's.
-    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+    if _profiler_enabled():  # to start a second session would cancel the first, and that one is the user's
         raise BsprofError("another profiler is running in this process", hint=f"end it first; {_WITHOUT}")
     ranges = [(RANGE + phase, run) for phase, run in stages]
-    profiler = torch.profiler.profile(
-        activities=_activities(device), schedule=schedule(wait=0, warmup=1, active=steps, repeat=1)
-    )
+    profiler = torch.profiler.profile(activities=_activities(device))
     try:
         with profiler:
             for _, run in stages:
@@ -50,16 +48,19 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
             _wait(device)
             start = host_clock()
             for _ in range(steps):
-                profiler.step()  # ends the step before: the one that is left out, or a recorded one
                 for name, run in ranges:
                     with record_function(name):
                         run()
             _wait(device)
             wall_ns = host_clock() - start
+            # A profiler that the training loop starts may cancel ours without a word (torch 2.15), and to export a
+            # session that was cancelled ends the process by a segmentation fault.
+            if not _profiler_enabled():
+                raise _own_profiler()
     except RuntimeError as error:
         if _ENABLED_TWICE not in str(error):
             raise
-        raise BsprofError("the training loop runs a profiler of its own", hint=f"end it first; {_WITHOUT}") from error
+        raise _own_profiler() from error
     with tempfile.TemporaryDirectory(prefix="bsprof-") as directory:
         exported = Path(directory, "trace.json")
         profiler.export_chrome_trace(str(exported))
@@ -124,6 +125,14 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
 def _supported() -> set[ProfilerActivity]:
     """Return what this build of torch can trace on this machine."""
     return set(supported_activities())  # type: ignore[no-untyped-call]
+
+
+def _profiler_enabled() -> bool:
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+
+
+def _own_profiler() -> BsprofError:
+    return BsprofError("the training loop runs a profiler of its own", hint=f"end it first; {_WITHOUT}")
 
 
 def _wait(device: torch.device) -> None:

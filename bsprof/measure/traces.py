@@ -66,7 +66,7 @@ def read_trace(content: bytes, phases: Sequence[str], *, steps: int, wall_ns: in
     autograd launches from a thread of its own, but phases do not overlap in host time. A phase's busy time is the
     length of the union of its activities over all streams, so kernels side by side count once. A launch is a call on
     the host: a CUDA graph's counts once, however many kernels it runs. Operators nest on their thread, and one's own
-    time is its duration without those that it calls.
+    time is its duration without those that it calls. What was launched or called before the first range is left out.
 
     `wall_ns` and the name `trace` are taken over as they are. Where no device was traced, all figures of the device
     are None. Raises BsprofError for what is no Chrome trace, and where a phase has not its `steps` ranges.
@@ -78,14 +78,22 @@ def read_trace(content: bytes, phases: Sequence[str], *, steps: int, wall_ns: in
     events = [event for event in recorded if event.ph == "X"]
     spans = _Spans(events)
     ranges = _phase_ranges(events, spans, phases, steps)
-    activities = [event for event in events if event.cat in _ON_DEVICE]
+    launched_at = _launch_times(events, spans)
+    window = min((start for found in ranges.values() for start, _ in found), default=0)
+    activities = [
+        event
+        for event in events
+        if event.cat in _ON_DEVICE and launched_at.get(_call(event), spans.start(event)) >= window
+    ]
     kernels = _hotspots((event.name, spans.duration(event)) for event in activities if event.cat == "kernel")
-    operators = _hotspots(_own_times(events, spans))
+    operators = _hotspots(
+        _own_times([event for event in events if event.cat == "cpu_op" and spans.start(event) >= window], spans)
+    )
     return Profile(
         steps=steps,
         wall_ns=wall_ns,
         phase_ns={phase: sum(end - start for start, end in ranges[phase]) for phase in phases},
-        busy_ns=_busy_by_phase(events, activities, spans, ranges),
+        busy_ns=_busy_by_phase(activities, spans, launched_at, ranges),
         busy_total_ns=union_ns(map(spans.of, activities)) if activities else None,
         launches=_launches(activities) if activities else None,
         kernels_ns=sum(kernel.ns for kernel in kernels) if activities else None,
@@ -146,19 +154,26 @@ def _phase_ranges(
     return ranges
 
 
+def _call(event: _Event) -> int:
+    """Return the number that an activity shares with the call that launched it; 0 is none."""
+    return event.args.correlation or 0
+
+
+def _launch_times(events: Sequence[_Event], spans: _Spans) -> dict[int, int]:
+    """Return when each call of the device's runtime or driver began, by its number."""
+    return {call: spans.start(event) for event in events if event.cat.endswith(_CALLS) and (call := _call(event))}
+
+
 def _busy_by_phase(
-    events: Sequence[_Event], activities: Sequence[_Event], spans: _Spans, ranges: dict[str, list[Interval]]
+    activities: Sequence[_Event], spans: _Spans, launched_at: dict[int, int], ranges: dict[str, list[Interval]]
 ) -> dict[str, int] | None:
     """Return each phase's busy time, or None where no activity can be laid to a call on the host."""
-    launched_at = {
-        call: spans.start(event) for event in events if event.cat.endswith(_CALLS) and (call := event.args.correlation)
-    }
     timeline = sorted((start, end, phase) for phase, found in ranges.items() for start, end in found)
     starts = [start for start, _, _ in timeline]
     work: dict[str, list[Interval]] = {phase: [] for phase in ranges}
     joined = False
     for activity in activities:
-        at = launched_at.get(activity.args.correlation or 0)
+        at = launched_at.get(_call(activity))
         if at is None:
             continue
         joined = True
@@ -170,8 +185,8 @@ def _busy_by_phase(
 
 def _launches(activities: Sequence[_Event]) -> int:
     """Count the calls behind `activities`; one whose call is not told is a launch of its own."""
-    calls = [activity.args.correlation for activity in activities]
-    return len({call for call in calls if call}) + sum(not call for call in calls)
+    calls = [_call(activity) for activity in activities]
+    return len({*calls} - {0}) + calls.count(0)
 
 
 def _copies(activities: Sequence[_Event], spans: _Spans) -> tuple[Copy, ...]:
@@ -202,17 +217,16 @@ def _direction(name: str) -> str:
     return f"{told['way']} {memory.lower()}" if memory else told["way"]
 
 
-def _own_times(events: Sequence[_Event], spans: _Spans) -> list[tuple[str, int]]:
-    """Return name and own time of each operator: its duration without the operators that run inside it.
+def _own_times(operators: Sequence[_Event], spans: _Spans) -> list[tuple[str, int]]:
+    """Return name and own time of each of `operators`: its duration without the operators that run inside it.
 
     Where two overlap and neither holds the other, the part they share is laid to the one that began later, so the own
     times of a thread never sum to more than the time that passed.
     """
     threads: dict[tuple[int | str, int | str], list[tuple[int, int, str]]] = defaultdict(list)
-    for event in events:
-        if event.cat == "cpu_op":
-            start, end = spans.of(event)
-            threads[event.pid, event.tid].append((start, -end, event.name))
+    for operator in operators:
+        start, end = spans.of(operator)
+        threads[operator.pid, operator.tid].append((start, -end, operator.name))
     own: list[tuple[str, int]] = []
     for calls in threads.values():
         calls.sort()
@@ -221,9 +235,14 @@ def _own_times(events: Sequence[_Event], spans: _Spans) -> list[tuple[str, int]]
         for index, (start, negated, _) in enumerate(calls):
             while running and -calls[running[-1]][1] <= start:
                 running.pop()
-            if running:
-                caller_end = -calls[running[-1]][1]
-                times[running[-1]] -= min(-negated, caller_end) - start
+            reached = start
+            for caller in reversed(running):  # the first holds all of it, where they nest as they should
+                shared = min(-negated, -calls[caller][1])
+                if shared > reached:
+                    times[caller] -= shared - reached
+                    reached = shared
+                if reached == -negated:
+                    break
             running.append(index)
         own.extend((name, time) for (_, _, name), time in zip(calls, times, strict=True))
     return own
