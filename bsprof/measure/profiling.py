@@ -64,7 +64,10 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
     with tempfile.TemporaryDirectory(prefix="bsprof-") as directory:
         exported = Path(directory, "trace.json")
         profiler.export_chrome_trace(str(exported))
-        content = exported.read_bytes()
+        try:
+            content = exported.read_bytes()
+        except OSError as error:  # a full disk is not told by torch
+            raise BsprofError(f"the profiler left no trace: {error.strerror or error}") from error
     phases = tuple(phase for phase, _ in stages)
     found = read_trace(content, phases, steps=steps, wall_ns=wall_ns, trace=None if trace is None else str(trace))
     if trace is not None:
