@@ -150,6 +150,10 @@ def commands() -> None:
     "--malloc", type=click.Choice(["pinned", "default"]), help="Keep freed host memory while measuring. [pinned]"
 )
 @click.option("--host-memory", metavar="SIZE", help="Private memory that a case's process may have, as 4GiB.")
+@click.option("--max-batch", is_flag=True, default=None, help="Search the largest batch that fits.")
+@click.option(
+    "--max-batch-margin", type=float, metavar="SHARE", help="Share of the memory that it must leave free. [0.05]"
+)
 def bench(
     plan_file: Path | None, quick: bool, dry_run: bool, resume: Path | None, output: str | None, **flags: Any
 ) -> int:
