@@ -177,8 +177,8 @@ def _keep_highest(peaks: dict[str, int], phase: str, peak: int | None) -> None:
 class _HostWatch:
     """What the kernel counts for this process alone, without its workers.
 
-    `allocated_peak` is the highest resident set while the window was open, `reserved_peak` the highest private memory that
-    the process has ever had mapped, touched or not: that is what RLIMIT_DATA (`--host-memory`) counts.
+    `allocated_peak` is the highest resident set while the window was open, `reserved_peak` the highest private memory
+    that the process has ever had mapped, touched or not: that is what RLIMIT_DATA (`--host-memory`) counts.
     Phases are not told apart: memory that a phase frees stays resident, so all phases would have one figure.
     """
 

@@ -33,8 +33,9 @@ _STAGES = {
 class Progress:
     """What a sweep is doing: a live area on a terminal, one line a finished case anywhere.
 
-    `cases` are still to be measured, or None where nobody knows how many there will be, `varying` the axes that tell them
-    apart, `expected_s` the time all of them may take and `target` the precision asked for. Use it as a context manager.
+    `cases` are still to be measured, or None where nobody knows how many there will be, `varying` the axes that tell
+    them apart, `expected_s` the time all of them may take and `target` the precision asked for. Use it as a context
+    manager.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from bsprof.report import figures, words
 from bsprof.report.cases import caption, marks_of
 from bsprof.report.cases import render_cases as render_cases
 from bsprof.report.grid import print_line, print_words
+from bsprof.report.largest import render_largest
 from bsprof.report.machine import machine_lines
 from bsprof.report.machine import render_environment as render_environment
 from bsprof.report.machine import render_selftest as render_selftest
@@ -74,6 +75,7 @@ def render(result: Result, console: Console) -> None:
     facts = [case.facts for case in cases if case.facts]
     print_words(console, caption([case.case for case in cases], facts, varying), indent=0)
     console.print()
+    render_largest(result, console)
     if cases:
         render_steps(cases, varying, console)
         render_costs(cases, varying, console)

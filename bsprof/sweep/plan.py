@@ -80,7 +80,7 @@ def _refuse_search(plan: Plan, environment: Environment) -> None:
         )
     if not environment.accelerators and plan.host_memory_bytes is None:
         raise BsprofError(
-            "--max-batch: without an accelerator nothing limits the memory but the machine, which must not be exhausted",
+            "--max-batch: without an accelerator only the machine's end limits the memory, and it must not be tried",
             hint="say what a process may have: --host-memory 4GiB",
         )
 
