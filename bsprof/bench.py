@@ -68,6 +68,9 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     if from_file and (axes or request.quick):
         flag = "--" + next(iter(axes), "quick").replace("_", "-")
         raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
+    margin = request.flags["max_batch_margin"]
+    if margin is not None and not (request.flags["max_batch"] or (from_file and from_file.largest_batch)):
+        raise BsprofError("--max-batch-margin: there is no search to have a margin", hint="add --max-batch")
     if past and request.output not in (None, "-"):
         raise BsprofError(
             f"--output {request.output}: a resumed sweep stays in {past.target}", hint="leave it out, and copy the file"
