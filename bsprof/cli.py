@@ -155,6 +155,10 @@ def commands() -> None:
 @click.option("--trace", type=click.Path(path_type=Path), help="Keep the profiler's trace: a .json[.gz], or a folder.")
 @click.option("--nvtx", is_flag=True, default=None, help="An NVTX range around each phase, for Nsight Systems.")
 @click.option("--telemetry-hz", type=float, help="Samples a second of clocks, power and memory; 0 for none. [10]")
+@click.option("--max-batch", is_flag=True, default=None, help="Search the largest batch that fits.")
+@click.option(
+    "--max-batch-margin", type=float, metavar="SHARE", help="Share of the memory that it must leave free. [0.05]"
+)
 def bench(
     plan_file: Path | None,
     quick: bool,
