@@ -360,8 +360,8 @@ def _find(pynvml: Any, gpu: Gpu, environ: Mapping[str, str]) -> tuple[Any, Any |
         raise _NotFoundError(f"NVML knows {len(devices)} devices, and none of index {index}")
     if environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and len({device.name for device in devices}) > 1:
         raise _NotFoundError(
-            f"which GPU cuda:{gpu.ordinal} is cannot be told before CUDA has started: there are several kinds, and CUDA "
-            "numbers them by speed (set CUDA_DEVICE_ORDER=PCI_BUS_ID)"
+            f"which GPU cuda:{gpu.ordinal} is cannot be told before CUDA has started: there are several kinds, and "
+            "CUDA numbers them by speed (set CUDA_DEVICE_ORDER=PCI_BUS_ID)"
         )
     return _with_part(devices[index], None)
 

@@ -174,7 +174,7 @@ class Host:
         if busy is not None:
             told["busy_cores"] = round(busy / _TICKS_PER_S, 3)
         if (runnable := _number_after(text, b"procs_running")) is not None:
-            told["runnable"] = runnable
+            told["runnable"] = max(0, runnable - 1)  # this process runs while it asks
         return told
 
     def _read_memory(self, now_ns: int) -> dict[str, Number]:
