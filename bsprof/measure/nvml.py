@@ -7,6 +7,7 @@ is needed: the process that samples has neither. The library (nvidia-ml-py) is l
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -96,6 +97,8 @@ def open_source(gpu: Gpu | None, environ: Mapping[str, str]) -> Source:
         import pynvml
     except ImportError:
         return NullSource("nvidia-ml-py is not installed")
+    except Exception as error:  # another module of that name
+        return NullSource(f"nvidia-ml-py cannot be loaded: {type(error).__name__}: {error}")
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -241,6 +244,11 @@ class NvmlSource:
         if asked and refused == asked:  # one 'unknown error' may be one field's; of all fields it is the device's
             raise DeviceLostError("every question was answered by an unknown error")
         return told
+
+    def questions(self) -> Iterator[tuple[str, Callable[[], Number]]]:
+        """Yield each column that the device tells, and how to ask for it alone: to see what a question costs."""
+        for field, way in self._ways:
+            yield field.column, functools.partial(self._ask, field, way)
 
     def processes(self) -> list[GpuProcess] | None:
         """Return the processes that compute on the device; of a slice, in the slice."""
