@@ -121,6 +121,12 @@ def _between_ns(first: torch.Event, last: torch.Event) -> int:
     return round(first.elapsed_time(last) * 1e6)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until `device` has done all that it was given; never inside a timed window. A CPU has done it already."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def present_device() -> torch.device:
     """Return the accelerator that is there, or the CPU."""
     device = torch.accelerator.current_accelerator(check_available=True)
