@@ -21,7 +21,7 @@ import msgspec
 from rich.console import Console
 from rich.control import Control
 
-from bsprof import store
+from bsprof import ceilings, store
 from bsprof.compare import environment_differences
 from bsprof.errors import BsprofError, Exit
 from bsprof.model import AXES, Environment, Measurement, Plan, Result
@@ -110,6 +110,7 @@ def _measure(
             plan=plan,
             environment=environment,
             measurements=swept.measurements,
+            ceilings=ceilings.cached(environment),
             wall_s=None if past else time.monotonic() - started,
             notes=tuple(expansion.notes),
         )
