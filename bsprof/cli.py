@@ -187,14 +187,17 @@ def env(measure: bool, refresh: bool, as_json: bool) -> None:
     at once. They are measured once, kept in the user's cache, and go into every result of this machine.
     """
     from bsprof import ceilings
+    from bsprof.report import ceilings as rendering
+    from bsprof.report import terminal
     from bsprof.sweep.runner import describe_environment, measure_ceilings
 
     environment = describe_environment()
     known = None if refresh else ceilings.cached(environment)
     unkept: BsprofError | None = None
     if refresh or (measure and known is None):
+        notices = terminal.console(stderr=True)
         known = measure_ceilings(
-            ceilings.identity(environment), lambda stage: click.echo(f"measuring {stage}", err=True)
+            ceilings.identity(environment), lambda stage: notices.print(f"measuring {stage}", soft_wrap=True)
         )
         try:
             ceilings.keep(known)
@@ -206,9 +209,6 @@ def env(measure: bool, refresh: bool, as_json: bool) -> None:
         whole = {**msgspec.to_builtins(environment), "ceilings": msgspec.to_builtins(known)}
         click.echo(msgspec.json.format(msgspec.json.encode(whole)).decode())
     else:
-        from bsprof.report import ceilings as rendering
-        from bsprof.report import terminal
-
         console = terminal.console()
         terminal.render_environment(environment, console)
         console.print()
