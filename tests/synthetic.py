@@ -232,8 +232,8 @@ def _profile(host: dict[str, float], busy: dict[str, float], search: bool) -> Pr
     shares = {
         "sm90_xmma_fprop_implicit_gemm_tf32f32_tf32f32_f32_nhwckrsc_nchw_tilesize128x128x32_cudnn": 0.31,
         "void cudnn::bn_bw_1C11_kernel_new<float, float, float2, 512, true, 1>(float, float, float, float)": 0.22,
-        "void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor<float>, std::array<char*, 3ul>>": 0.11,
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::TensorListMetadata<4>, float>": 0.05,
+        "void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor<float>, std::array<char*, 3>>": 0.11,
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::TensorListMetadata<4>>": 0.05,
     }
     return Profile(
         steps=steps,
@@ -271,11 +271,11 @@ def _telemetry(batch: int, window_ns: int) -> Telemetry:
         window_ns=window_ns,
         device={
             "power_w": [power] * samples,
-            "sm_clock_mhz": [1980] * samples,
+            "sm_mhz": [1980] * samples,
             "temperature_c": [None, *[52] * (samples - 1)],
         },
         host={"busy_cores": [4.0] * samples},
-        limits={"power_limit_w": 700.0, "sm_clock_max_mhz": 1980},
+        limits={"power_limit_w": 700.0, "sm_mhz_max": 1980},
         energy=Energy(
             joules=power * window_ns * 1e-9 if enough else None,
             source="counter",

@@ -31,7 +31,7 @@ Values = list[float | None]
 def render_device(
     cases: Sequence[CaseSummary], varying: Sequence[str], ceilings: Ceilings | None, console: Console
 ) -> None:
-    """Print what the device did in each case, phases and hot spots of the fastest, and what cases say beside each other."""
+    """Print what the device did in each case, phases and hot spots of the fastest, and what cases say together."""
     measured = [case for case in cases if case.readings]
     _render_each(measured, varying, console)
     best = findings.fastest(measured)
@@ -113,7 +113,7 @@ def _render_each(cases: Sequence[CaseSummary], varying: Sequence[str], console: 
     columns[1:1] = _launch_bound(cases)
     columns += _binding(cases)
     if columns and columns[-1].header == "ceiling":
-        explained.append("ceiling: the measured rate that binds, and its least time / step")
+        explained.append(_ceilings_explained(cases))
     columns = [column for column in columns if is_captured(column)]
     if not columns:
         return
@@ -147,11 +147,14 @@ def _launch_bound(cases: Sequence[CaseSummary]) -> list[Column]:
     judged = [findings.launching(case) for case in cases]
     if not any(judged):
         return []
-    return [column("launch-bound", (MISSING if one is None else _verdict(one) for one in judged), right=False)]
+    return [column("launch-bound", map(_verdict, judged), right=False)]
 
 
-def _verdict(found: findings.Launching) -> str:
-    return "step" if found.whole else "+".join(found.phases) or "no"
+def _verdict(found: findings.Launching | None) -> Text:
+    if found is None:
+        return Text(MISSING)
+    where = "step" if found.whole else "+".join(found.phases)
+    return Text(where, "yellow") if where else Text("no")
 
 
 def _binding(cases: Sequence[CaseSummary]) -> list[Column]:
@@ -161,10 +164,15 @@ def _binding(cases: Sequence[CaseSummary]) -> list[Column]:
     shares = [figures.percent(case.value("ceiling_share")) for case in cases]
     widest = max(map(len, shares))
     cells = [
-        MISSING if bound is None else f"{share:>{widest}} {figures.ceiling_name(bound.name)}"
+        MISSING if bound is None else f"{share:>{widest}} {bound.name}"
         for bound, share in zip(bounds, shares, strict=True)
     ]
     return [column("ceiling", cells, right=False)]
+
+
+def _ceilings_explained(cases: Sequence[CaseSummary]) -> str:
+    rates = sorted({figures.ceiling_name(case.binding.rate) for case in cases if case.binding})
+    return f"ceiling: least time by the measured rate that binds ({', '.join(rates)}) / step"
 
 
 def _render_unresolved_energy(cases: Sequence[CaseSummary], varying: Sequence[str], console: Console) -> None:
@@ -201,13 +209,16 @@ def _render_phases(case: CaseSummary, name: str, console: Console) -> None:
         for header, what in (("host", "host"), ("device", "device"), ("alone", "serialised"), ("busy", "busy"))
         if two_clocks or what == "serialised"
     ]
-    peaks = [("peak", values("peak_memory")), ("reserved", values("reserved_memory"))]
+    peaks = [("peak", values("peak_memory"))]
+    if len(set(values("reserved_memory")) - {None}) > 1:  # else it says no more than the row of the case
+        peaks.append(("reserved", values("reserved_memory")))
     size = figures.byte_unit([max((value or 0.0 for _, sizes in peaks for value in sizes), default=None)])
-    columns += [column(f"{header} {size.name}", figures.column(sizes, 1 / size.bytes)) for header, sizes in peaks]
     found = findings.launching(case)
     if found is not None:
-        columns.insert(4, column("busy", (figures.percent(value) for value in values("busy_share"))))
-        columns.append(column("", ("launch-bound" if phase in found.phases else "" for phase in phases), right=False))
+        bound = (Text("launch-bound" if phase in found.phases else "", "yellow") for phase in phases)
+        columns += [column("busy", (figures.percent(value) for value in values("busy_share")))]
+        columns += [column("", bound, right=False)]
+    columns += [column(f"{header} {size.name}", figures.column(sizes, 1 / size.bytes)) for header, sizes in peaks]
     columns = [column for column in columns if is_captured(column)]
     if not any(column.header.startswith(("alone", "busy", "peak", "reserved")) for column in columns):
         return
@@ -330,14 +341,17 @@ def _render_growth(cases: Sequence[CaseSummary], varying: Sequence[str], console
         text += f"{figures.size(growth.a_sample)} a sample; batch {growth.batch_size} would take "
         text += figures.size(growth.peak.value)
         if growth.peak.low is not None and growth.peak.high is not None:
-            text += f" [{figures.size(growth.peak.low)}, {figures.size(growth.peak.high)}]"
+            text += f" ({figures.size(growth.peak.low)} to {figures.size(growth.peak.high)})"
         if growth.largest is not None and growth.limit is not None:
             text += f"; {figures.size(growth.limit)} would hold a batch of about {growth.largest.value:.0f}"
             if growth.largest.low is not None and growth.largest.high is not None:
-                text += f" [{growth.largest.low:.0f}, {growth.largest.high:.0f}]"
+                text += f" ({growth.largest.low:.0f} to {growth.largest.high:.0f})"
         print_words(console, text)
     if grown:
-        print_words(console, Text("a line through the peaks measured, with its 95 % prediction interval", "dim"))
+        print_words(
+            console,
+            Text("a line through the peaks measured, with 95 % prediction intervals; `--max-batch` tries it", "dim"),
+        )
         console.print()
 
 

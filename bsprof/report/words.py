@@ -29,8 +29,9 @@ _THROTTLED = {"gpu_throttled_thermal": "heat", "gpu_throttled_power": "its power
 def summary(result: Result, cases: Sequence[CaseSummary] | None = None) -> list[str]:
     """Return a result in plain words, one sentence or two a line.
 
-    It says what is fastest, what bounds that, what the loader costs, what the device drew and whether it was held back,
-    what to try next, how far the instrumentation bent the numbers, and what failed. `cases` are the result's summaries where the caller has them already.
+    It says what is fastest, what bounds that, what the loader costs, what the device drew and what held it back, what
+    to try next, how far the instrumentation bent the numbers, and what failed. `cases` are the result's summaries
+    where the caller has them already.
     """
     cases = summarise(result) if cases is None else cases
     told = _Told(result, cases)
@@ -123,10 +124,12 @@ class _Told:
         binding, share, mfu = best.binding, best.value("ceiling_share"), best.value("mfu")
         if binding is None or share is None:
             return
-        is_rate = mfu is not None and abs(mfu - share) < 0.005
-        as_well = "" if mfu is None else f" (MFU {'the same' if is_rate else percent(mfu)})"
-        little = ", and little is left to gain there" if share >= _NEAR_CEILING else ""
-        yield f"It runs at {percent(share)} of its nearest measured ceiling, {ceiling_name(binding.name)}{as_well}{little}."
+        as_well = "" if mfu is None or binding.name == "compute" else f"; MFU is {percent(mfu)}"
+        little = "; little is left to gain there" if share >= _NEAR_CEILING else ""
+        yield (
+            f"Nearest of the ceilings measured is {binding.name} ({ceiling_name(binding.rate)}), "
+            f"which asks for {percent(share)} of the step at least{as_well}{little}."
+        )
 
     # --- what the device drew, and what held it back ----------------------------------------------------
 
@@ -150,10 +153,8 @@ class _Told:
             held = [case for case in self.ok if any(note.code == code for note in case.notes)]
             if held:
                 names = _listed([self.name(case) for case in held])
-                share = (
-                    f"in {len(held)} of {plural(len(self.ok), 'case')} ({names})" if len(self.ok) > 1 else "meanwhile"
-                )
-                yield f"The device's clocks were held back by {cause} {share}: those steps are longer than it could do."
+                where = f" in {len(held)} of {plural(len(self.ok), 'case')} ({names})" if len(self.ok) > 1 else ""
+                yield f"The device's clocks were held back by {cause}{where}: unhindered it would be faster."
 
     # --- the loader -------------------------------------------------------------------------------------
 
@@ -295,9 +296,9 @@ class _Told:
             yield "`--channels-last on` (the layout in which tensor cores convolve)"
 
     def _untried(self, best: CaseSummary, axis: str) -> bool:
-        return (
-            len({getattr(case.settings, axis) for case in self.cases if alike(best.settings, case.settings, axis)}) < 2
-        )
+        """Whether no other value of an axis stands beside the best case."""
+        settings = [case.settings for case in self.cases if alike(best.settings, case.settings, axis)]
+        return len({getattr(one, axis) for one in settings}) < 2
 
     def _failed_batches(self, best: CaseSummary) -> list[int]:
         failed = [case.settings for case in self.cases if not case.ok and case.settings is not None]
