@@ -143,7 +143,7 @@ class Reading:
         told = self.telemetry
         if told is None or column not in told.device:
             return []
-        rows = zip(told.time_ns, told.device[column], strict=True)
+        rows = zip(told.time_ns, told.device[column], strict=False)  # a sampler may be cut off
         return [value for at, value in rows if value is not None and 0 <= at <= told.window_ns]
 
     @cached_property

@@ -350,6 +350,10 @@ class _Told:
                 f"The recorder itself costs {duration(worst.value('recorder'))} a step, "
                 f"{percent(worst.value('recorder_share'))}{_at_most(costs)}"
             )
+        samplers = [case.value("sampler_share") for case in self.ok]
+        shares = [share for share in samplers if share is not None]
+        if shares:
+            parts.append(f"telemetry takes {percent(max(shares))} of one core{_at_most(self.ok, '')}")
         known = [case for case in self.ok if case.interval("distortion") is not None]
         if known:
             clear = [case for case in known if _excludes_zero(case)]
@@ -432,8 +436,8 @@ def _workers(case: CaseSummary) -> str:
     return plural(case.settings.workers, "worker") if case.settings else ""
 
 
-def _at_most(cases: Sequence[CaseSummary]) -> str:
-    return " at most" if len(cases) > 1 else " of it"
+def _at_most(cases: Sequence[CaseSummary], alone: str = " of it") -> str:
+    return " at most" if len(cases) > 1 else alone
 
 
 def _signed(share: float) -> str:
