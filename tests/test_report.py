@@ -636,7 +636,7 @@ def test_words_of_a_busy_device_name_its_ceiling_its_energy_and_what_computes_fa
 
 
 def test_words_say_what_telemetry_itself_cost():
-    assert "telemetry takes 0.60% of one core at most" in told(cuda_result())
+    assert "telemetry takes 0.53% of one core at most" in told(cuda_result())
 
 
 def test_words_do_not_advise_what_was_tried():
@@ -785,3 +785,9 @@ def test_pictures_in_concepts_exist():
 
 def test_summaries_are_shared_between_table_and_words(sweep):
     assert summary(sweep, summarise(sweep)) == summary(sweep)
+
+
+def test_a_sweep_of_nothing_but_failures_shows_no_phases_of_any():
+    whole = cuda_result()
+    text = text_of(changed(whole, outcome=Outcome(kind="timeout", message="past its deadline")))
+    assert "Phases of" not in text and "Costliest" not in text

@@ -17,7 +17,7 @@ from bsprof.model import Ceilings, Copy, Hotspot, Profile
 from bsprof.report import figures
 from bsprof.report.cases import axis_columns
 from bsprof.report.figures import MISSING, case_name
-from bsprof.report.grid import Column, column, is_captured, print_grid, print_line, print_words, width_of
+from bsprof.report.grid import Column, column, is_captured, print_grid, print_words, width_of
 
 _FEW = 2
 """So many cases, and each has its phases and hot spots shown; of more, the fastest alone."""
@@ -34,9 +34,9 @@ def render_device(
     """Print what the device did in each case, phases and hot spots of the fastest, and what cases say together."""
     measured = [case for case in cases if case.readings]
     _render_each(measured, varying, console)
-    best = findings.fastest(measured)
     several = len(measured) > _FEW
-    for case in [best] if several and best else measured:
+    best = [case for case in (findings.fastest(measured),) if case]
+    for case in best if several else measured:
         name = f" of {case_name(case.case, varying)}" if len(measured) > 1 else ""
         _render_phases(case, f"{name}, the fastest case" if several else name, console)
         _render_hotspots(case, name, ceilings, console)
@@ -365,7 +365,7 @@ def _render_switches(cases: Sequence[CaseSummary], varying: Sequence[str], conso
         asked, in_force = figures.setting(one.asked), figures.setting(one.in_force)
         where = f" ({_these(members, varying)})" if len(cases) > 1 else ""
         flag = f"--{one.axis.replace('_', '-')}"
-        print_line(console, Text.assemble(("! ", "yellow"), f"{flag}: asked {asked}, in force {in_force}{where}"))
+        print_words(console, Text.assemble(("! ", "yellow"), f"{flag}: asked {asked}, in force {in_force}{where}"))
     switched = [name for name in varying if name.startswith(("cudnn", "deterministic"))]
     told = [case for case in cases if case.backends]
     if not wrong and switched and told:
