@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from rich.control import Control
 from bsprof import store
 from bsprof.compare import environment_differences
 from bsprof.errors import BsprofError, Exit
-from bsprof.model import AXES, Environment, Measurement, Plan, Result
+from bsprof.model import AXES, Case, Environment, Measurement, Plan, Result
 from bsprof.report import largest as report_largest
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
@@ -47,6 +47,7 @@ class Request(NamedTuple):
     quick: bool
     resume: Path | None
     output: str | None
+    trace: Path | None
     flags: Mapping[str, Any]
 
 
@@ -68,6 +69,9 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     if from_file and (axes or request.quick):
         flag = "--" + next(iter(axes), "quick").replace("_", "-")
         raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
+    margin = request.flags["max_batch_margin"]
+    if margin is not None and not (request.flags["max_batch"] or (from_file and from_file.largest_batch)):
+        raise BsprofError("--max-batch-margin: there is no search to have a margin", hint="add --max-batch")
     if past and request.output not in (None, "-"):
         raise BsprofError(
             f"--output {request.output}: a resumed sweep stays in {past.target}", hint="leave it out, and copy the file"
@@ -79,6 +83,8 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     for note in expansion.notes:
         notices.print(f"note: {note.text}", highlight=False)
     settings = [case.settings for case in expansion.cases if case.settings]
+    if not dry_run:
+        _check_trace(request.trace, plan, expansion.cases)
     if dry_run:
         check_names(settings, plan)
         done = {(m.case.key, m.case.process) for m in past.finished()} if past else set()
@@ -112,7 +118,7 @@ def _measure(
     notices = terminal.console(stderr=True)
     done = past.finished() if past else []
     with journal, Interruption(_farewell(target, notices)) as stop:
-        swept, largest_batches = _sweep(plan, expansion, done, journal, stop, notices)
+        swept, largest_batches = _sweep(plan, expansion, done, journal, stop, notices, request.trace)
         result = Result(
             created=created,
             plan=plan,
@@ -147,9 +153,10 @@ def _sweep(
     journal: store.Journal,
     stop: Interruption,
     notices: Console,
+    trace: Path | None,
 ) -> Searched:
     """Measure every case, or search the largest batch for each; nothing is found where nothing is searched."""
-    executor = ProcessExecutor(stop)
+    executor = ProcessExecutor(stop, trace=_trace_places(trace, expansion.cases))
     if plan.largest_batch:
         varying = [name for name in AXES if name in (*expansion.varying, "batch_size")]
         with Progress(notices, None, varying, 0.0) as progress:
@@ -262,12 +269,18 @@ def _search_of(from_file: Plan, rest: Mapping[str, Any]) -> dict[str, Any] | Non
     return {**msgspec.to_builtins(from_file.largest_batch), **(asked or {})}
 
 
+_PLAN_FLAGS = (
+    *("repeat", "seed", "order", "malloc", "download"),
+    *("serialised_steps", "profile_steps", "telemetry_hz", "nvtx"),
+)
+"""Flags that are called like their field in a plan."""
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the given flags as fields of Stop and of Plan."""
-    for flag in ("precision", "max_case_time", "deadline", "max_batch_margin"):
+    for flag in ("precision", "max_case_time", "deadline", "telemetry_hz", "max_batch_margin"):
         if flags[flag] is not None and not math.isfinite(flags[flag]):
             raise BsprofError(f"--{flag.replace('_', '-')}: {flags[flag]} is no finite number", hint="give a number")
     stop = {
@@ -275,7 +288,7 @@ def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         for flag, field in (("precision", "precision"), ("max_case_time", "max_case_time_s"))
         if flags[flag] is not None
     }
-    plan = {name: flags[name] for name in ("repeat", "seed", "order", "malloc", "download") if flags[name] is not None}
+    plan = {name: flags[name] for name in _PLAN_FLAGS if flags[name] is not None}
     if flags["deadline"] is not None:
         plan["deadline_s"] = flags["deadline"]
     if flags["data_root"] is not None:
@@ -329,6 +342,35 @@ def _open_named_by_time(directory: Path, header: store.Header, reserve: int) -> 
             if not _journal_path(target).exists():
                 raise
     raise BsprofError(f"{stem}.json: a hundred results of this second exist", hint="name one with --output")
+
+
+def _trace_places(trace: Path | None, cases: Sequence[Case]) -> dict[Case, Path]:
+    """Return where each case's trace goes: the one file that was named, or a file for each case in a folder."""
+    if trace is None:
+        return {}
+    if trace.name.endswith((".json", ".json.gz")):
+        if len(cases) > 1:
+            raise BsprofError(f"--trace {trace}: {len(cases)} cases, one file", hint="name a folder")
+        return {case: trace.absolute() for case in cases}
+    folder = trace.absolute()
+    return {case: folder / f"trace-{case.key}-{case.process}.json.gz" for case in cases}
+
+
+def _check_trace(trace: Path | None, plan: Plan, cases: Sequence[Case]) -> None:
+    """Refuse a bad `--trace` before anything is measured, and make its folder."""
+    if trace is None:
+        return
+    if plan.largest_batch:
+        raise BsprofError("--trace: a search for the largest batch profiles nothing", hint="leave --trace out")
+    places = _trace_places(trace, cases)
+    if not plan.profile_steps:
+        raise BsprofError("--trace: there is no trace without --profile-steps", hint="leave --profile-steps out")
+    try:
+        for folder in {place.parent for place in places.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BsprofError(f"--trace {trace}: {error.strerror}", hint="name another place") from error
 
 
 def _check_output(output: str | None) -> None:

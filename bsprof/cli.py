@@ -150,12 +150,23 @@ def commands() -> None:
     "--malloc", type=click.Choice(["pinned", "default"]), help="Keep freed host memory while measuring. [pinned]"
 )
 @click.option("--host-memory", metavar="SIZE", help="Private memory that a case's process may have, as 4GiB.")
+@click.option("--serialised-steps", type=int, help="Steps timed with a synchronisation at each boundary. [10]")
+@click.option("--profile-steps", type=int, help="Steps under torch.profiler after the timed window; 0 for none. [5]")
+@click.option("--trace", type=click.Path(path_type=Path), help="Keep the profiler's trace: a .json[.gz], or a folder.")
+@click.option("--nvtx", is_flag=True, default=None, help="An NVTX range around each phase, for Nsight Systems.")
+@click.option("--telemetry-hz", type=float, help="Samples a second of clocks, power and memory; 0 for none. [10]")
 @click.option("--max-batch", is_flag=True, default=None, help="Search the largest batch that fits.")
 @click.option(
     "--max-batch-margin", type=float, metavar="SHARE", help="Share of the memory that it must leave free. [0.05]"
 )
 def bench(
-    plan_file: Path | None, quick: bool, dry_run: bool, resume: Path | None, output: str | None, **flags: Any
+    plan_file: Path | None,
+    quick: bool,
+    dry_run: bool,
+    resume: Path | None,
+    output: str | None,
+    trace: Path | None,
+    **flags: Any,
 ) -> int:
     """Measure where a step's time goes, over any axes.
 
@@ -164,7 +175,7 @@ def bench(
     """
     from bsprof import bench as benching
 
-    request = benching.Request(plan_file=plan_file, quick=quick, resume=resume, output=output, flags=flags)
+    request = benching.Request(plan_file=plan_file, quick=quick, resume=resume, output=output, trace=trace, flags=flags)
     return benching.run(request, dry_run=dry_run, version=VERSION)
 
 

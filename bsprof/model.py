@@ -468,6 +468,8 @@ class Check(Noun, frozen=True, kw_only=True):
     """One delay planted in one phase: what was put in, what came back there, and what leaked elsewhere."""
 
     phase: str
+    clock: Literal["host", "device"] = "host"
+    """Where the delay was planted, and by which clock it was found."""
     planted_ns: int
     found_ns: int
     leaked_ns: int

@@ -214,7 +214,8 @@ class Line(NamedTuple):
         """Return y at `x`, with the interval in which a *new observation* there is expected (the prediction interval).
 
         Half-width: t(n - 2) s sqrt(1 + 1/n + (x - x_mean)^2 / spread) (Draper & Smith 1998, Applied Regression
-        Analysis, 1.4). It supposes scatter that is normal, independent and everywhere alike. No interval for two points.
+        Analysis, 1.4). It supposes scatter that is normal, independent and everywhere alike. Two points give no
+        interval.
         """
         value = self.y_mean + self.slope * (x - self.x_mean)
         chance = self._chance(level)

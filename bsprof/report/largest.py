@@ -133,10 +133,10 @@ class _Found:
         low, high = search.predicted_low, search.predicted_high
         if not search.complete or not search.batch_size or self._failed is None or low is None or high is None:
             return remarks
-        if self._failed < low or search.batch_size > high:
+        if self._failed < low - 0.5 or search.batch_size > high + 0.5:  # a batch is a whole number
             remarks.append(
-                f"{name}: {search.batch_size} was found where {self.predicted} was predicted: what smaller batches need is "
-                "not in line with what this one needs. The one found was tried, the other is arithmetic"
+                f"{name}: {search.batch_size} was found where {self.predicted} was predicted: smaller batches are "
+                "not in line with it. The one found was tried, the other is arithmetic"
             )
         return remarks
 

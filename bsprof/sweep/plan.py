@@ -56,6 +56,8 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
         requested.extend(Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*choices))
     if any(settings.world_size > 1 for settings in requested):
         raise BsprofError("world_size: more than 1 is not yet supported", hint="leave it out, or give 1")
+    if plan.nvtx and not any(device.kind == "cuda" for device in environment.accelerators):
+        raise BsprofError("nvtx: there is no CUDA device here", hint="leave it out; --trace works everywhere")
     meaningful = {case_key(collapsed): collapsed for s in requested for collapsed in (collapse(s, environment),)}
     cases = [
         Case(key=key, settings=settings, process=process)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -102,14 +103,16 @@ def _point(case: Case) -> tuple[str, int]:
 
 
 class ProcessExecutor:
-    """Measures each case in a process of its own, until `stop` is requested."""
+    """Measures each case in a process of its own, until `stop` is requested; `trace` says where its trace is kept."""
 
-    def __init__(self, stop: Interruption) -> None:
+    def __init__(self, stop: Interruption, *, trace: Mapping[Case, Path] | None = None) -> None:
         self._stop = stop
+        self._trace = trace or {}
 
     def measure(self, case: Case, plan: Plan, watcher: Watcher) -> Measurement:
         """Return the child's measurement, or what can be said of its death."""
         kills_before = cgroup.oom_kills()
+        trace = self._trace.get(case)
         stage = "starting"
         steps = 0
 
@@ -125,7 +128,7 @@ class ProcessExecutor:
         try:
             reply = call(
                 "bsprof.sweep.child:measure",
-                msgspec.json.encode({"case": case, "plan": plan}),
+                store.to_json({"case": case, "plan": plan, "trace": str(trace) if trace else None}),
                 deadline_s=plan.deadline_s,
                 on_progress=heard,
                 stop=self._stop,
