@@ -19,6 +19,7 @@ FLOORS = {
     "ceilings": 1,
     "cgroup": 1,
     "compare": 1,
+    "findings": 1,
     "metrics": 1,
     "stats": 1,
     "loader": 2,
