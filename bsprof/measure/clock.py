@@ -55,7 +55,6 @@ class EventClock:
         """Recorded and not yet read; the first one's interval has been read, and it starts the next."""
         self._intervals: list[int] = []
         self._stamps: list[torch.Event] = []
-        self.reserve(POOL)
 
     def reserve(self, boundaries: int) -> None:
         """Read what has passed, and create the events that the next `boundaries` records need beyond the free ones."""

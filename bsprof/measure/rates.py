@@ -27,7 +27,7 @@ from bsprof import stats
 from bsprof.measure.clock import EventClock, host_clock, present_device
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
-from bsprof.model import Ceiling, Ceilings
+from bsprof.model import Ceiling, Ceilings, Note
 from bsprof.workloads import registry
 from bsprof.workloads.imagefolder import decode_image
 from bsprof.workloads.registration import DataRequest
@@ -78,7 +78,8 @@ def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ce
     tally = Tally(extent)
     cores = cores_of_this_process()
     # Processes are started first, before torch has threads that a fork would leave behind.
-    emit(f"cores{_disturbance()}", 0, None)
+    notes = _disturbance()
+    emit("cores", 0, None)
     measure_cores(tally, cores)
     emit("JPEG decoding", 0, None)
     measure_decoding(tally, cores)
@@ -101,14 +102,18 @@ def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ce
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         rates=tally.rates,
         missing=tally.missing,
+        notes=notes,
         wall_s=(host_clock() - started) / 1e9,
     )
 
 
-def _disturbance() -> str:
+def _disturbance() -> tuple[Note, ...]:
     """Return that others keep the processor busy, where they do: a ceiling measured then is too low."""
     busy = psutil.cpu_percent(_LISTEN_S) / 100
-    return f", of which others keep {busy:.0%} busy: measure again when it is quiet" if busy > _QUIET else ""
+    if busy <= _QUIET:
+        return ()
+    text = f"other programs kept {busy:.0%} of the cores busy: rates of the CPU are too low, `bsprof env --refresh`"
+    return (Note(code="cpu_contended", text=text),)
 
 
 # --- repeats ----------------------------------------------------------------------------------------
@@ -184,10 +189,9 @@ def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
         work()
         return (host_clock() - start) / 1e9
     clock = EventClock(device)
-    clock.record()
+    before = clock.stamp()
     work()
-    clock.record()
-    return clock.span_ns(0, 1) / 1e9
+    return clock.span_ns(before, clock.stamp()) / 1e9
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> Seconds:

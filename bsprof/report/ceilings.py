@@ -58,6 +58,8 @@ def render(ceilings: Ceilings | None, path: Path | None, console: Console) -> No
         by_reason.setdefault(ceilings.missing[name], []).append(_NAMES.get(name, name))
     for reason, names in by_reason.items():
         _say(f"not measured ({figures.printable(reason)}): {'; '.join(names)}", console)
+    for note in ceilings.notes:
+        _say(f"note: {figures.printable(note.text)}", console)
     took = "" if ceilings.wall_s is None else f" in {ceilings.wall_s:.0f} s"
     kept = "not kept" if path is None else f"kept in {figures.printable(str(path))}"
     _say(
