@@ -311,10 +311,10 @@ def test_a_search_has_no_axis_of_batch_sizes():
 # --- its table --------------------------------------------------------------------------------------
 
 
-def table(searched: Searched, width: int = 120) -> str:
+def table(searched: Searched, width: int = 120, most: int = 2**20) -> str:
     result = Result(
         created="2026-01-01T00:00:00Z",
-        plan=Plan(largest_batch=SEARCH),
+        plan=Plan(largest_batch=LargestBatchSearch(most=most)),
         environment=environment(),
         measurements=searched.swept.measurements,
         largest_batches=searched.found,
@@ -342,7 +342,8 @@ def test_the_table_says_both_where_prediction_and_search_disagree():
 
 
 def test_the_table_says_why_a_search_has_no_end():
-    assert "no larger batch was to be tried" in table(run(Machine(lambda batch: 1, 2), most=64))
+    assert "no larger batch was to be tried" in table(run(Machine(lambda batch: 1, 2), most=64), most=64)
+    assert "it is not finished" in table(run(Machine(lambda batch: 1, 2, limit=3)))
     machine = Machine(lambda batch: batch, 100)
     machine.other = {32: "timeout"}
     text = table(run(machine))

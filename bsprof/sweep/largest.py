@@ -73,7 +73,9 @@ def search(
             swept = sweep([Case(key=case_key(probe), settings=probe)], trying, executor, log, watcher, stop)
             measurements.extend(swept.measurements)
             failure = swept.failure
-            tried |= _tried(case.settings, swept.measurements)
+            if not (finished := _tried(case.settings, swept.measurements)):
+                break
+            tried |= finished
         found.append(_conclude(case.settings, plan.largest_batch, tried))
     return Searched(Swept(measurements, stop.requested, failure), found)
 
