@@ -28,7 +28,7 @@ def identity(environment: Environment) -> str:
         "cpu": environment.cpu,
         "cores_usable": environment.cores_usable,
         "accelerators": sorted(
-            [(one.name, one.memory_bytes or 0, one.multiprocessors or 0) for one in environment.accelerators]
+            ((one.name, one.memory_bytes, one.multiprocessors) for one in environment.accelerators), key=repr
         ),
         "torch": environment.torch,
         "cuda": environment.cuda,

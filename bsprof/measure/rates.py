@@ -20,13 +20,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from bsprof import stats
 from bsprof.measure.clock import EventClock, host_clock, present_device
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
-from bsprof.model import Ceiling, Ceilings
+from bsprof.model import Ceiling, Ceilings, Note
 from bsprof.workloads import registry
 from bsprof.workloads.imagefolder import decode_image
 from bsprof.workloads.registration import DataRequest
@@ -43,6 +44,8 @@ MOST_COUNT = 1000
 """Pieces of work in a repeat at the most; also less than a device's launch queue holds."""
 COLD_SHARE = 0.8
 """A read at this share of the warm rate came from memory too: the system did not drop its cache."""
+_LISTEN_S = 0.5
+_QUIET = 0.1
 _READ_BYTES = 2**20
 _SPIN = 10_000
 
@@ -75,6 +78,7 @@ def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ce
     tally = Tally(extent)
     cores = cores_of_this_process()
     # Processes are started first, before torch has threads that a fork would leave behind.
+    notes = _disturbance()
     emit("cores", 0, None)
     measure_cores(tally, cores)
     emit("JPEG decoding", 0, None)
@@ -98,8 +102,18 @@ def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ce
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         rates=tally.rates,
         missing=tally.missing,
+        notes=notes,
         wall_s=(host_clock() - started) / 1e9,
     )
+
+
+def _disturbance() -> tuple[Note, ...]:
+    """Return that others keep the processor busy, where they do: a ceiling measured then is too low."""
+    busy = psutil.cpu_percent(_LISTEN_S) / 100
+    if busy <= _QUIET:
+        return ()
+    text = f"other programs kept {busy:.0%} of the cores busy: rates of the CPU are too low, `bsprof env --refresh`"
+    return (Note(code="cpu_contended", text=text),)
 
 
 # --- repeats ----------------------------------------------------------------------------------------
@@ -175,10 +189,9 @@ def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
         work()
         return (host_clock() - start) / 1e9
     clock = EventClock(device)
-    clock.record()
+    before = clock.stamp()
     work()
-    clock.record()
-    return clock.span_ns(0, 1) / 1e9
+    return clock.span_ns(before, clock.stamp()) / 1e9
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> Seconds:
@@ -328,18 +341,15 @@ class Crew:
             self.close()
             raise
 
-    def seconds(self, processes: int, count: int) -> float:
-        """Return the seconds until each of the first `processes` has done the work `count` times, at once."""
+    def seconds(self, processes: int, count: int) -> list[float]:
+        """Let each of the first `processes` do the work `count` times, all at once; returns the seconds each took."""
         busy = self._pipes[:processes]
-        start = host_clock()
         try:
             for pipe in busy:
                 pipe.send(count)
-            for pipe in busy:
-                pipe.recv()
+            return [pipe.recv() for pipe in busy]
         except (EOFError, ConnectionError):
             raise RuntimeError("a process that was to take part died") from None
-        return (host_clock() - start) / 1e9
 
     def close(self) -> None:
         """End and reap all processes."""
@@ -364,23 +374,30 @@ def _serve(pipe: Connection, work: Callable[[int], None]) -> None:
             count = pipe.recv()
         except EOFError:
             return
+        start = host_clock()
         work(count)
-        pipe.send(None)
+        pipe.send((host_clock() - start) / 1e9)
 
 
 def measure_cores(tally: Tally, cores: int) -> None:
-    """Measure how many cores really run at once: k times the speed of k copies of a loop beside that of one.
+    """Measure how many cores really run at once: the speeds of k copies of a loop, summed; that of one alone is 1.
 
     k is `cores`, the usable ones. Shared execution units, clocks that fall as more cores wake, a hypervisor that gives
-    less than it shows: the result is what is left.
+    less than it shows: the result is what is left. Speeds are summed, and not taken from the slowest copy, because one
+    core that somebody else uses as well must not count for all.
     """
 
-    def ratio(crew: Crew) -> Rate:
-        count = _count(functools.partial(crew.seconds, 1), tally.extent.repeat_s)
-        return lambda: cores * crew.seconds(1, count) / crew.seconds(cores, count)
+    def together(crew: Crew) -> Rate:
+        count = _count(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
+
+        def rate() -> float:
+            (alone,) = crew.seconds(1, count)
+            return sum(alone / taken for taken in crew.seconds(cores, count))
+
+        return rate
 
     with tally.or_missing("cpu_cores"), Crew(cores, _spin) as crew:
-        tally.measure("cores", {"cpu_cores": functools.partial(ratio, crew)})
+        tally.measure("cores", {"cpu_cores": functools.partial(together, crew)})
 
 
 def _spin(count: int) -> None:
@@ -398,19 +415,17 @@ def measure_decoding(tally: Tally, cores: int) -> None:
 
     The images are those of the data set `jpeg`, 500x375 pixels, made in a folder of their own.
     """
-    names = ("jpeg_core", "jpeg_all")
-    with tally.or_missing(*names), tempfile.TemporaryDirectory() as folder:
+    with tally.or_missing("jpeg_core", "jpeg_all"), tempfile.TemporaryDirectory() as folder:
         images = tally.extent.images
         registry.prepare_data(f"jpeg:500x375,n={images}", DataRequest(cache=Path(folder)))
         paths = sorted(Path(folder).rglob("*.jpg"))
         with Crew(cores, functools.partial(_decode, paths)) as crew:
 
             def by(processes: int) -> Rate:
-                return tally.rate(functools.partial(crew.seconds, processes), processes * images)
+                count = _count(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
+                return lambda: sum(images * count / taken for taken in crew.seconds(processes, count))
 
-            tally.measure(
-                "1/s", dict(zip(names, (functools.partial(by, 1), functools.partial(by, cores)), strict=True))
-            )
+            tally.measure("1/s", {"jpeg_core": lambda: by(1), "jpeg_all": lambda: by(cores)})
 
 
 def _decode(paths: Sequence[Path], count: int) -> None:
