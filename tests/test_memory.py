@@ -22,7 +22,8 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="p
 
 def child(code: str) -> Any:
     """Run `code` in a process of its own, where limits and peaks are nobody else's, and return what it prints."""
-    head = "import json, resource, torch\nfrom bsprof.errors import BsprofError\nfrom bsprof.measure import memory\ncpu = torch.device('cpu')\nMIB = 2**20\n"
+    head = "import json, resource, torch\nfrom bsprof.errors import BsprofError\nfrom bsprof.measure import memory\n"
+    head += "cpu = torch.device('cpu')\nMIB = 2**20\n"
     done = subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
