@@ -21,7 +21,7 @@ import msgspec
 from rich.console import Console
 from rich.control import Control
 
-from bsprof import store
+from bsprof import ceilings, store
 from bsprof.compare import environment_differences
 from bsprof.errors import BsprofError, Exit
 from bsprof.model import AXES, Case, Environment, Measurement, Plan, Result
@@ -125,6 +125,7 @@ def _measure(
             environment=environment,
             measurements=swept.measurements,
             largest_batches=largest_batches,
+            ceilings=ceilings.cached(environment),
             wall_s=None if past else time.monotonic() - started,
             notes=tuple(expansion.notes),
         )

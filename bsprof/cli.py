@@ -190,20 +190,46 @@ def show(result: Path) -> None:
 
 
 @commands.command()
+@click.option(
+    "--measure", is_flag=True, help="Measure what it can do at the most, where that is not known yet; 20 to 60 s."
+)
+@click.option("--refresh", is_flag=True, help="Measure that again, although it is known.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def env(as_json: bool) -> None:
-    """Print the machine and its software."""
-    from bsprof.sweep.runner import describe_environment
+def env(measure: bool, refresh: bool, as_json: bool) -> None:
+    """Print the machine, its software, and its ceilings.
+
+    Ceilings are what the machine does at the most: copies, matrix products, decoding, reading, cores that really run
+    at once. They are measured once, kept in the user's cache, and go into every result of this machine.
+    """
+    from bsprof import ceilings
+    from bsprof.report import ceilings as rendering
+    from bsprof.report import terminal
+    from bsprof.sweep.runner import describe_environment, measure_ceilings
 
     environment = describe_environment()
+    known = None if refresh else ceilings.cached(environment)
+    unkept: BsprofError | None = None
+    if refresh or (measure and known is None):
+        notices = terminal.console(stderr=True)
+        known = measure_ceilings(
+            ceilings.identity(environment), lambda stage: notices.print(f"measuring {stage}", soft_wrap=True)
+        )
+        try:
+            ceilings.keep(known)
+        except BsprofError as error:
+            unkept = error
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.format(msgspec.json.encode(environment)).decode())
-        return
-    from bsprof.report import terminal
-
-    terminal.render_environment(environment, terminal.console())
+        whole = {**msgspec.to_builtins(environment), "ceilings": msgspec.to_builtins(known)}
+        click.echo(msgspec.json.format(msgspec.json.encode(whole)).decode())
+    else:
+        console = terminal.console()
+        terminal.render_environment(environment, console)
+        console.print()
+        rendering.render(known, None if unkept or known is None else ceilings.path_of(known.identity), console)
+    if unkept:
+        raise unkept
 
 
 @commands.command()

@@ -552,9 +552,11 @@ class Ceilings(Noun, frozen=True, kw_only=True):
     created: str
     rates: dict[str, Ceiling]
     """By name: `h2d_pinned`, `h2d_pageable`, `d2d`, `matrix_fp32`, `matrix_tf32`, `matrix_bf16`, `matrix_fp16`,
-    `jpeg_core`, `jpeg_all`, `disk_cold`, `disk_warm`, `cpu_cores`."""
+    `cpu_matrix_fp32`, `cpu_matrix_bf16`, `jpeg_core`, `jpeg_all`, `disk_cold`, `disk_warm`, `cpu_cores`."""
     missing: dict[str, str] = {}
     """What could not be measured, and why."""
+    notes: tuple[Note, ...] = ()
+    """What a reader must know before trusting them."""
     wall_s: float | None = None
 
 

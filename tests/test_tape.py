@@ -207,6 +207,7 @@ def test_event_clock_takes_intervals_between_neighbours(monkeypatch):
 
     monkeypatch.setattr(clock.torch, "Event", FakeEvent)
     events = clock.EventClock(torch.device("cuda"))
+    events.reserve(clock.POOL)
     pool = FakeEvent.made
     assert FakeEvent.recorded == pool  # the driver makes an event at its first record, and that is not a boundary
     first = events.stamp()

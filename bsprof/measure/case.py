@@ -18,7 +18,7 @@ import torch
 
 from bsprof import cgroup, stats
 from bsprof.measure import backends, flops, malloc, memory, profiling, telemetry
-from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device
+from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device, wait_for
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
@@ -143,6 +143,7 @@ class CaseRun:
         self._data: Data | None = None
         self._device = present_device()
         self._device_clock: DeviceClock | None = device_clock(self._device)
+        self._on_device = self._device.type != "cpu" or self._device_clock is not None
         self._tape = Tape(device_clock=self._device_clock)
         self._blocks: list[Block] = []
         self._block_stamps: list[tuple[int, int]] = []
@@ -246,7 +247,7 @@ class CaseRun:
             clock="host" if self._device_clock is None else "host and device",
         )
         self.startup = msgspec.structs.replace(self.startup, build_ns=host_clock() - start)
-        if self._device.type != "cpu" and self._device_clock is None:
+        if self._on_device and self._device_clock is None:
             self._note(
                 "no_device_clock",
                 f"{self._device.type} has no timing events here: phases are host times, and the device may lag behind",
@@ -292,7 +293,7 @@ class CaseRun:
                 self._steady = False
                 self._note("no_steady_state", f"{len(self._warmup_ns)} warm-up steps and still not steady")
                 break
-        if self._device.type != "cpu":
+        if self._on_device:
             run_block(self._stages, LEAD_IN, None)
 
     def _measure(self, end_ns: int) -> None:
@@ -402,7 +403,7 @@ class CaseRun:
         """Return what is looked at after the timed window: its name, the steps that it asks for, and the look."""
         plan = self.plan
         looks: list[tuple[str, int, Callable[[int], None]]] = []
-        if self._device.type != "cpu" and plan.serialised_steps:
+        if self._on_device and plan.serialised_steps:
             looks.append(("memory by phase", MEMORY_STEPS, partial(self._memory.measure_phases, self.stages)))
             looks.append(("serialised window", plan.serialised_steps, self._serialise))
         if plan.profile_steps:
@@ -434,7 +435,7 @@ class CaseRun:
                 self._note("inspection_failed", f"{name}: {classify(error, 'inspect').message}")
 
     def _serialise(self, steps: int) -> None:
-        self.serialised = run_serialised(self._stages, steps, torch.accelerator.synchronize)
+        self.serialised = run_serialised(self._stages, steps, self._settle)
 
     def _count_flops(self, steps: int) -> None:
         assert self.facts is not None
@@ -482,9 +483,8 @@ class CaseRun:
             self._epoch_marks.append(len(self._tape))
 
     def _settle(self) -> None:
-        """Wait for the device, in the warm-up only: a cold step's whole cost is what is asked there."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize()
+        """Wait for the device: in the warm-up, where a cold step's whole cost is asked, and after the timed window."""
+        wait_for(self._device)
 
     def _note(self, code: str, text: str) -> None:
         self.notes.append(Note(code=code, text=text))

@@ -55,7 +55,6 @@ class EventClock:
         """Recorded and not yet read; the first one's interval has been read, and it starts the next."""
         self._intervals: list[int] = []
         self._stamps: list[torch.Event] = []
-        self.reserve(POOL)
 
     def reserve(self, boundaries: int) -> None:
         """Read what has passed, and create the events that the next `boundaries` records need beyond the free ones."""
@@ -119,6 +118,12 @@ class EventClock:
 
 def _between_ns(first: torch.Event, last: torch.Event) -> int:
     return round(first.elapsed_time(last) * 1e6)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until `device` has done all that it was given; never inside a timed window. A CPU has done it already."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def present_device() -> torch.device:

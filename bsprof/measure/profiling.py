@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, supported_activities
 
 from bsprof.errors import BsprofError
-from bsprof.measure.clock import host_clock
+from bsprof.measure.clock import host_clock, wait_for
 from bsprof.measure.loop import Stage
 from bsprof.measure.traces import RANGE, read_trace
 from bsprof.model import Note, Profile
@@ -45,13 +45,13 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
         with profiler:
             for _, run in stages:
                 run()
-            _wait(device)
+            wait_for(device)
             start = host_clock()
             for _ in range(steps):
                 for name, run in ranges:
                     with record_function(name):
                         run()
-            _wait(device)
+            wait_for(device)
             wall_ns = host_clock() - start
             # A profiler that the training loop starts may cancel ours without a word (torch 2.15), and to export a
             # session that was cancelled ends the process by a segmentation fault.
@@ -136,11 +136,6 @@ def _profiler_enabled() -> bool:
 
 def _own_profiler() -> BsprofError:
     return BsprofError("the training loop runs a profiler of its own", hint=f"end it first; {_WITHOUT}")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,6 +16,7 @@ from bsprof.model import Result
 from bsprof.report import figures, words
 from bsprof.report.cases import caption, marks_of
 from bsprof.report.cases import render_cases as render_cases
+from bsprof.report.device import render_device
 from bsprof.report.grid import print_line, print_words
 from bsprof.report.largest import render_largest
 from bsprof.report.machine import machine_lines
@@ -79,6 +80,7 @@ def render(result: Result, console: Console) -> None:
     if cases:
         render_steps(cases, varying, console)
         render_costs(cases, varying, console)
+        render_device(cases, varying, result.ceilings, console)
     _render_notes(cases, varying, result, console)
     _render_hints(cases, console)
     for line in machine_lines(result.environment):

@@ -10,7 +10,7 @@ import platformdirs
 
 from bsprof import store
 from bsprof.measure import case as measuring
-from bsprof.measure import environment, selftest
+from bsprof.measure import environment, rates, selftest
 from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
@@ -81,3 +81,8 @@ def catalogue(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
 def check_clocks(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Run the self-test, on each clock that there is."""
     return msgspec.json.encode(selftest.run(emit) + selftest.run_on_device(emit, present_device()))
+
+
+def measure_ceilings(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Measure what this machine can do at the most, to be kept under the identity that `payload` names."""
+    return store.to_json(rates.measure(msgspec.json.decode(payload, type=str), cache_dir(), emit))

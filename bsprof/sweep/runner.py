@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ import msgspec
 
 from bsprof import cgroup, store
 from bsprof.errors import BsprofError
-from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
+from bsprof.model import Case, Ceilings, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.process import ChildError, Death, Progressed, call, current_directory
 
@@ -206,9 +206,30 @@ def check_clocks() -> list[Check]:
     return msgspec.json.decode(_ask("check_clocks", None), type=list[Check])
 
 
-def _ask(function: str, question: object) -> bytes:
+def measure_ceilings(identity: str, on_stage: Callable[[str], None]) -> Ceilings:
+    """Measure what this machine can do at the most, in a child; `on_stage` is told what is being measured.
+
+    Raises KeyboardInterrupt when the user stops it, and BsprofError when the child died; neither leaves a trace.
+    """
+
+    def heard(message: Progressed | None) -> None:
+        if message is not None:
+            on_stage(message.stage)
+
+    with Interruption("\ninterrupted at once\n") as stop:
+        reply = _ask("measure_ceilings", identity, on_progress=heard, stop=stop)
+    return msgspec.json.decode(reply, type=Ceilings)
+
+
+def _ask(
+    function: str,
+    question: object,
+    *,
+    on_progress: Callable[[Progressed | None], None] = lambda _: None,
+    stop: Interruption | None = None,
+) -> bytes:
     """Return the answer of a function of the child's, or raise BsprofError when it died."""
-    reply = call(f"bsprof.sweep.child:{function}", store.to_json(question))
+    reply = call(f"bsprof.sweep.child:{function}", store.to_json(question), on_progress=on_progress, stop=stop)
     if reply.value is None:
         assert reply.death is not None
         how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"
