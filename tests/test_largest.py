@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ from bsprof.model import (
     Settings,
     case_key,
 )
-from bsprof.report.largest import render_largest
+from bsprof.report.largest import render_largest, render_searches
 from bsprof.sweep.largest import Searched, next_batch, probe_plan, search
 from bsprof.sweep.plan import convert_flags, expand, make_plan
 from bsprof.sweep.runner import Watcher
@@ -320,10 +321,9 @@ def table(searched: Searched, width: int = 120, most: int = 2**20) -> str:
         largest_batches=searched.found,
     )
     assert msgspec.json.decode(store.encode(result), type=Result) == result
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    with console.file:
-        render_largest(result, console)
-        return console.export_text()
+    console = Console(width=width, record=True, file=io.StringIO())
+    render_largest(result, console)
+    return console.export_text()
 
 
 def test_the_table_says_what_fits_and_what_no_longer_does():
@@ -334,6 +334,17 @@ def test_the_table_says_what_fits_and_what_no_longer_does():
     assert "1000 MiB of 1000 MiB" in text
     assert "bf16" in text
     assert "!" not in text
+
+
+def test_a_dry_run_says_what_would_be_searched():
+    plan = Plan(largest_batch=LargestBatchSearch(margin=0.25, steps=4), deadline_s=60)
+    console = Console(width=100, record=True, file=io.StringIO())
+    assert plan.largest_batch is not None
+    render_searches([case(workers=0), case(workers=1)], plan, plan.largest_batch, console)
+    text = " ".join(console.export_text().split())
+    for words in ("2 combinations", "4 steps", "25% of the memory", "60 s", "workers"):
+        assert words in text
+    assert "batch 32" not in text
 
 
 def test_the_table_says_both_where_prediction_and_search_disagree():
@@ -425,11 +436,7 @@ def test_a_search_in_real_processes_killed_and_resumed(tmp_path):
     tried = [m.case.key for m in result.measurements]
     assert [line["case"]["key"] for line in kept] == tried[: len(kept)]
     assert found.steps >= 4
-
-    code, out, err = bench(tmp_path, "--plan", "out.json", "--dry-run", "--max-batch-margin", "0.25")
-    assert code == 0, err
-    assert "25% of the memory" in out
-    assert "4 steps" in out
+    assert store.read_plan(tmp_path / "out.json") == store.read_plan(tmp_path / "plan.toml")
 
 
 @pytest.mark.parametrize(
