@@ -23,6 +23,9 @@ OutcomeKind = Literal[
     "ok", "oom", "host_oom", "shm", "nondeterministic", "timeout", "crash", "error", "interrupted", "skipped"
 ]
 
+TOO_LARGE: tuple[OutcomeKind, ...] = ("oom", "host_oom", "shm", "crash")
+"""Outcomes that say that a batch was too large. Libraries that get no memory may crash instead of saying so."""
+
 
 class Noun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all nouns share: immutable, named fields, and no unknown ones."""
@@ -252,7 +255,7 @@ class Memory(Noun, frozen=True, kw_only=True):
     retries: int | None = None
     """Times that the allocator emptied its cache to satisfy a request."""
     total: int | None = None
-    """The device's memory; on a CPU what the process may use."""
+    """The device's memory, or the part of it that this process may have; on a CPU what the process may use."""
     outside: int | None = None
     """In use but not by this allocator: contexts, libraries, other processes."""
 

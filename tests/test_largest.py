@@ -206,6 +206,14 @@ def test_another_failure_ends_that_search_and_is_kept():
     assert [m.outcome.kind for m in searched.swept.measurements] == ["ok", "timeout"] * 2
 
 
+def test_a_batch_that_crashes_does_not_fit():
+    """A library that gets no memory may crash instead of saying so."""
+    machine = Machine(lambda batch: batch, 1000)
+    machine.other = {batch: kind for batch, kind in zip(range(20, 1000), ["crash", "shm"] * 490, strict=True)}
+    (found,) = run(machine, case()).found
+    assert (found.batch_size, found.complete) == (19, True)
+
+
 def test_each_combination_has_an_answer_of_its_own():
     searched = run(Machine(lambda batch: batch, 10), case(workers=0), case(workers=1))
     assert [found.settings.workers for found in searched.found] == [0, 1]

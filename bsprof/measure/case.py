@@ -362,7 +362,7 @@ class CaseRun:
     def _price_epochs(self) -> None:
         """Measure what an epoch's end costs, away from the steady window, on epochs of one batch a worker."""
         assert self._data is not None
-        if isinstance(self._data.dataset, torch.utils.data.IterableDataset):
+        if isinstance(self._data.dataset, torch.utils.data.IterableDataset) or self.plan.largest_batch:
             return
         batches = max(1, self.settings.workers)
         length = batches * self.settings.batch_size

@@ -9,13 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from bsprof.metrics import varying_axes
-from bsprof.model import Case, LargestBatch, LargestBatchSearch, Measurement, Plan, Result, case_key
+from bsprof.model import TOO_LARGE, Case, LargestBatch, LargestBatchSearch, Measurement, Plan, Result, case_key
 from bsprof.report import figures
 from bsprof.report.cases import axis_columns, caption
 from bsprof.report.figures import MISSING
 from bsprof.report.grid import column, print_grid, print_words
-
-_TOO_LARGE = ("oom", "host_oom")
 
 
 def render_largest(result: Result, console: Console) -> None:
@@ -76,8 +74,8 @@ class _Found:
         self.case = _without_batch(Case(key=case_key(search.settings), settings=search.settings))
         self._by_key = {m.case.key: m for m in measurements}
         beyond = (batch for batch in sorted(map(int, search.tried)) if batch > (search.batch_size or 0))
-        self._failed = next((batch for batch in beyond if search.tried[str(batch)] in _TOO_LARGE), None)
-        others = (int(batch) for batch, kind in search.tried.items() if kind not in ("ok", *_TOO_LARGE))
+        self._failed = next((batch for batch in beyond if search.tried[str(batch)] in TOO_LARGE), None)
+        others = (int(batch) for batch, kind in search.tried.items() if kind not in ("ok", *TOO_LARGE))
         self._ended_by = next(others, None)
 
     def _measurement(self, batch: int) -> Measurement | None:

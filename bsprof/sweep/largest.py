@@ -15,7 +15,18 @@ import msgspec
 
 from bsprof import stats
 from bsprof.errors import BsprofError
-from bsprof.model import Case, LargestBatch, LargestBatchSearch, Measurement, Memory, Plan, Settings, Stop, case_key
+from bsprof.model import (
+    TOO_LARGE,
+    Case,
+    LargestBatch,
+    LargestBatchSearch,
+    Measurement,
+    Memory,
+    Plan,
+    Settings,
+    Stop,
+    case_key,
+)
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.runner import UNFINISHED, Executor, Log, Swept, Watcher, sweep
 
@@ -23,8 +34,6 @@ START = 8
 """The first batch tried. Smaller ones need what the optimizer needs, whatever their size."""
 EXACT_BELOW = 64
 """Batches below are found to the sample, larger ones to this part of their size."""
-TOO_LARGE = ("oom", "host_oom")
-"""Outcomes that say that a batch was too large; any other failure says nothing of its size."""
 
 _LINE_POINTS = 3
 """The search aims by the line through this many of the largest batches that fitted."""
