@@ -277,6 +277,8 @@ class CaseRun:
         At least `workers * prefetch + 1` steps: so many batches were prepared before the first one was used.
         """
         least = self.settings.workers * (self.settings.prefetch or 0) + 1
+        if self.plan.largest_batch:
+            end_ns = 0  # whether it fits is all that is asked
         scratch = Tape(device_clock=self._device_clock and device_clock(self._device))
         while True:
             start = host_clock()
@@ -291,7 +293,8 @@ class CaseRun:
                 break
             if now > end_ns and len(self._warmup_ns) >= least:
                 self._steady = False
-                self._note("no_steady_state", f"{len(self._warmup_ns)} warm-up steps and still not steady")
+                if not self.plan.largest_batch:
+                    self._note("no_steady_state", f"{len(self._warmup_ns)} warm-up steps and still not steady")
                 break
         if self._on_device:
             run_block(self._stages, LEAD_IN, None)
@@ -320,7 +323,9 @@ class CaseRun:
                 break
             if steps >= stop.max_steps or host_clock() > end_ns:
                 reached = "no interval" if precision is None else f"±{precision:.1%}"
-                self._note("precision_not_reached", f"{reached} after {steps} steps; asked for ±{stop.precision:.1%}")
+                if not self.plan.largest_batch:
+                    text = f"{reached} after {steps} steps; asked for ±{stop.precision:.1%}"
+                    self._note("precision_not_reached", text)
                 break
         window.close()
         self._memory.end()

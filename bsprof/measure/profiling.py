@@ -20,7 +20,8 @@ from bsprof.measure.loop import Stage
 from bsprof.measure.traces import RANGE, read_trace
 from bsprof.model import Note, Profile
 
-_ENABLED_TWICE = "Profiler is already enabled"
+_TWO_PROFILERS = ("Profiler is already enabled", "Can't disable Kineto profiler when it's not running")
+"""What torch says when one profiler was started inside another: its versions differ in which of them finds out."""
 _WITHOUT = "--profile-steps 0 does without bsprof's own"
 
 
@@ -40,7 +41,8 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
     if _profiler_enabled():  # to start a second session would cancel the first, and that one is the user's
         raise BsprofError("another profiler is running in this process", hint=f"end it first; {_WITHOUT}")
     ranges = [(RANGE + phase, run) for phase, run in stages]
-    profiler = torch.profiler.profile(activities=_activities(device))
+    # Without `acc_events` some versions warn that events of an earlier cycle are dropped; here there is one cycle.
+    profiler = torch.profiler.profile(activities=_activities(device), acc_events=True)
     try:
         with profiler:
             for _, run in stages:
@@ -58,7 +60,7 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
             if not _profiler_enabled():
                 raise _own_profiler()
     except RuntimeError as error:
-        if _ENABLED_TWICE not in str(error):
+        if not any(words in str(error) for words in _TWO_PROFILERS):
             raise
         raise _own_profiler() from error
     with tempfile.TemporaryDirectory(prefix="bsprof-") as directory:

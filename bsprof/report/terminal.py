@@ -76,18 +76,21 @@ def render(result: Result, console: Console) -> None:
     facts = [case.facts for case in cases if case.facts]
     print_words(console, caption([case.case for case in cases], facts, varying), indent=0)
     console.print()
-    render_largest(result, console)
-    if cases:
-        render_steps(cases, varying, console)
-        render_costs(cases, varying, console)
-        render_device(cases, varying, result.ceilings, console)
-    _render_notes(cases, varying, result, console)
-    _render_hints(cases, console)
+    if result.largest_batches:
+        render_largest(result, console)  # the tries themselves are too short to compare
+    else:
+        if cases:
+            render_steps(cases, varying, console)
+            render_costs(cases, varying, console)
+            render_device(cases, varying, result.ceilings, console)
+        _render_notes(cases, varying, result, console)
+        _render_hints(cases, console)
     for line in machine_lines(result.environment):
         print_words(console, Text(line, "dim"))
-    console.print()
-    for sentence in words.summary(result, cases):
-        print_words(console, sentence)
+    if not result.largest_batches:
+        console.print()
+        for sentence in words.summary(result, cases):
+            print_words(console, sentence)
 
 
 def _render_notes(cases: Sequence[CaseSummary], varying: Sequence[str], result: Result, console: Console) -> None:

@@ -135,6 +135,7 @@ def make_plan(
         defaults.pop("image_size", None)
     if rest.get("largest_batch") is not None:
         defaults.pop("batch_size", None)
+        defaults["workers"] = defaults["workers"][-1:]  # one search; more of them are asked for by name
     plan = convert_flags({"axes": {**defaults, **axes}, "stop": stop, **rest})
     if "max_case_time_s" not in stop:
         share = case_time_s(len(expand(plan, environment).cases), quick=quick)
