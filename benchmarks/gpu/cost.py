@@ -1,0 +1,113 @@
+"""What bsprof's marks add to a step, beside an active torch.profiler in the same interleaved run."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.training import mlp, mobilenet
+from benchmarks.gpu.verdict import Line, Stand, judge
+from bsprof import stats
+from bsprof.measure.loop import Training, run_block
+from bsprof.measure.tape import Tape
+from bsprof.stats import Estimate
+
+STEP_SHARE = 0.002
+"""Of MobileNetV2's step."""
+MLP_LIMIT_US = 40.0
+"""Five events of 2 to 5 us and the clock reads, on a slow host."""
+WIDEST_SHARE = 0.01
+"""Half an interval wider than this share of the step proves nothing."""
+
+Microseconds = dict[str, list[float]]
+
+
+def distortion(stand: Stand) -> Iterator[Line]:
+    """The marks cost at most 0.2 % of a MobileNetV2 step and 40 us of a tiny one.
+
+    Blocks of bare steps, steps with bsprof's marks and steps under torch.profiler alternate in random order, so that drift
+    meets all alike; each block is timed on the host from an empty queue to an empty queue. What each variant adds is the
+    median difference from the bare block of the same round, with its 95 % interval. On
+    MobileNetV2 the interval must reach below the limit, and one wider than 1 % of the step fails for telling nothing;
+    on the tiny step the median itself must be below it.
+    """
+    rehearsed = stand.rehearsed
+    training = mobilenet(
+        stand.device, batch_size=2 if rehearsed else 32, image_size=32 if rehearsed else 224, loaded=True
+    )
+    times = _interleave(training, stand.device, steps=1 if rehearsed else 10, rounds=3 if rehearsed else 20)
+    training.stop()
+    yield judge_added("mobilenet_v2, batch 32", times, share=STEP_SHARE)
+    training = mlp(stand.device)
+    times = _interleave(training, stand.device, steps=20 if rehearsed else 200, rounds=3 if rehearsed else 30)
+    training.stop()
+    yield judge_added("a tiny perceptron", times, limit_us=MLP_LIMIT_US)
+
+
+def _interleave(training: Training, device: Device, *, steps: int, rounds: int) -> Microseconds:
+    """Return microseconds a step of each variant, one entry a round."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if not device.rehearsed:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    times: Microseconds = {"bare": [], "bsprof": [], "torch.profiler": []}
+    order = random.Random(0)
+    for number in range(-2, rounds):  # the first rounds warm up
+        for name in order.sample(sorted(times), len(times)):
+            run_block(training.stages, 2, None)
+            tape = None
+            if name == "bsprof":
+                tape = Tape(clock=device.host_clock, device_clock=device.clock())
+                tape.reserve(steps * len(training.stages) + 1)
+            block = partial(run_block, training.stages, steps, tape)
+            # The profiler's start and its export are not counted: a profiled window pays them once.
+            profiler = torch.profiler.profile(activities=activities, acc_events=True)
+            with profiler if name == "torch.profiler" else contextlib.nullcontext():
+                us = _timed(block, device)
+            if number >= 0:
+                times[name].append(us / steps)
+    return times
+
+
+def _timed(run: Callable[[], object], device: Device) -> float:
+    device.wait()
+    start = device.host_clock()
+    run()
+    device.wait()
+    return (device.host_clock() - start) / 1e3
+
+
+def judge_added(what: str, times: Microseconds, *, share: float | None = None, limit_us: float | None = None) -> Line:
+    """Hold what `bsprof` adds to `bare`, in microseconds a step, against a share of the step or an absolute limit."""
+    bare = stats.median(times["bare"]).value
+    added = {
+        name: stats.median([a - b for a, b in zip(times[name], times["bare"], strict=True)])
+        for name in times
+        if name != "bare"
+    }
+    ours = added["bsprof"]
+    limit = bare * share if share is not None else limit_us
+    assert limit is not None
+    low, high = (ours.value, ours.value) if ours.low is None or ours.high is None else (ours.low, ours.high)
+    telling = share is None or (ours.low is not None and (high - low) / 2 <= WIDEST_SHARE * bare)
+    best = ours.value if share is None else low
+    return judge(
+        f"marks on {what}",
+        best <= limit and telling,
+        f"{_added(ours)}; torch.profiler {_added(added['torch.profiler'])}; bare step {bare:.1f} us",
+        f"{limit:.1f} us" + (f", {share:.1%} of the step" if share is not None else ""),
+        "the marks cost more" if telling else "the interval is too wide to tell",
+        bare_us=bare,
+        added_us={name: estimate._asdict() for name, estimate in added.items()},
+        blocks_us=times,
+    )
+
+
+def _added(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:+.1f} us"
+    return f"{estimate.value:+.1f} us [{estimate.low:+.1f}, {estimate.high:+.1f}]"
