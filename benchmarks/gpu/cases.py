@@ -37,12 +37,12 @@ def _stop(stand: Stand) -> tuple[str, ...]:
 
 
 def out_of_memory(stand: Stand) -> Iterator[Line]:
-    """A batch far too large is a row with evidence, the next case is measured, and nothing is left behind.
+    """Expect a batch far too large as a row with evidence, the next case measured, and nothing left behind.
 
     The model asks for 128 MiB a sample in one piece; 8192 samples ask for a tebibyte, more than any device has.
-    The failure must name its phase, what was asked, allocated and reserved, and which library said so. After the command
-    no process of it lives, and the device has as much free memory and the same processes as before. In a rehearsal
-    the host's memory takes the device's place, under a limit.
+    The failure must name its phase, what was asked, allocated and reserved, and which library said so. After the
+    command no process of it lives, and the device has as much free memory and the same processes as before. In a
+    rehearsal the host's memory takes the device's place, under a limit.
     """
     before = _device_state(stand)
     arguments = ["--model", "benchmarks.gpu.models:hungry", "--data", "synthetic:3x8x8,n=64", "--batch-size", "8192,8"]
@@ -50,7 +50,7 @@ def out_of_memory(stand: Stand) -> Iterator[Line]:
         arguments[1] = "benchmarks.gpu.models:nibbling"
         arguments[-1] = "65536,8"
         arguments += ["--host-memory", "4GiB"]
-    arguments += ["--order", "listed", *_stop(stand)]
+    arguments += ["--workers", "0", "--order", "listed", *_stop(stand)]
     result, finished = bench(stand, "oom", arguments, timeout_s=120)
     yield from judge_oom(result, kind="host_oom" if stand.rehearsed else "oom")
     alive = marked(finished.mark)
@@ -138,14 +138,14 @@ print_losses(sys.argv[1], int(sys.argv[2]))
 
 
 def cudnn(stand: Stand) -> Iterator[Line]:
-    """All four settings of cuDNN run, are in force as asked, and `deterministic` gives the same bits in two processes.
+    """Expect all four settings of cuDNN in force as asked, and `deterministic` to give two processes the same bits.
 
     The founding table varied one switch and another with it; here each case says what torch had when it was measured.
     The bits are those of ResNet-20's losses over 20 steps from the same seed, each time in a fresh process.
     """
     switches = ("--cudnn-benchmark", "off,on", "--cudnn-deterministic", "off,on")
     arguments = ["--model", "resnet20", "--data", "synthetic:3x32x32,n=256", *switches]
-    arguments += ["--batch-size", "8" if stand.rehearsed else "128", *_stop(stand)]
+    arguments += ["--batch-size", "8" if stand.rehearsed else "128", "--workers", "0", *_stop(stand)]
     result, _ = bench(stand, "cudnn", arguments, timeout_s=150)
     if stand.rehearsed:
         yield skip("four settings of cuDNN", f"no cuDNN on a CPU: {[told(case) for case in result.measurements]}")
@@ -231,27 +231,31 @@ def print_losses(place: str, steps: int) -> None:
 
 
 def sweep(stand: Stand) -> Iterator[Line]:
-    """A sweep over batch, workers and precision on JPEG files captures everything that a device can tell.
+    """Expect a sweep over batch, workers and precision on JPEG files to capture everything that a device can tell.
 
-    Eight cases: all ok, phases on both clocks, serialised window, memory, telemetry and profile not null, the profile with
-    the device's busy time. One more case writes a Chrome trace, which must parse and hold what ran on the device.
+    Eight cases: all ok, phases on both clocks, serialised window, memory, telemetry and profile not null, the profile
+    with the device's busy time. One more case writes a Chrome trace, which must parse and hold what ran on the device.
     """
-    axes = ["--batch-size", "32,128", "--workers", "0,4", "--amp", "off,bf16", "--data", "jpeg:256x256,n=256"]
+    axes = [
+        "--batch-size",
+        "32,128",
+        "--workers",
+        "0,4",
+        "--amp",
+        "off,bf16",
+        "--data",
+        "jpeg:128x128,n=256",
+        "--image-size",
+        "96",
+    ]
     if stand.rehearsed:
-        axes = ["--batch-size", "4", "--workers", "0", "--data", "jpeg:32x32,n=8", "--model", "mnist_cnn"]
+        axes = ["--batch-size", "4", "--workers", "0", "--data", "jpeg:48x48,n=10", "--image-size", "32"]
     expected = 1 if stand.rehearsed else 8
     result, _ = bench(stand, "sweep", [*axes, *_stop(stand)], timeout_s=200)
     yield from judge_sweep(result.measurements, expected, on_device=not stand.rehearsed)
     where = stand.folder / "trace.json.gz"
-    model = [
-        "--model",
-        "mnist_cnn",
-        "--data",
-        "synthetic:1x28x28,n=64",
-        "--batch-size",
-        "8" if stand.rehearsed else "64",
-    ]
-    traced, _ = bench(stand, "traced", [*model, "--trace", str(where), *_stop(stand)], timeout_s=90)
+    one = ["--model", "mnist_cnn", "--data", "synthetic:1x28x28,n=64", "--batch-size", "16", "--workers", "0"]
+    traced, _ = bench(stand, "traced", [*one, "--trace", str(where), *_stop(stand)], timeout_s=90)
     profile = traced.measurements[0].profile
     if profile is None or profile.trace is None:
         yield fail("a Chrome trace", f"none was written: {told(traced.measurements[0])}")
@@ -345,7 +349,7 @@ def judge_trace(content: bytes, *, on_device: bool = True) -> Line:
 
 
 def profiler(stand: Stand) -> Iterator[Line]:
-    """Kernel-busy time adds up over the phases, and who waits for whom is told rightly in two known cases.
+    """Expect kernel-busy time to add up over the phases, and the right verdict on two models of known character.
 
     Twenty tiny layers take longer to launch than to run: busy for less than 70 % of the step, launch-bound. Products
     of matrices of 8192 keep the device busy from end to end: not launch-bound.
@@ -354,7 +358,7 @@ def profiler(stand: Stand) -> Iterator[Line]:
     for model, launch_bound in zip(models, (True, False), strict=True):
         batch = "16" if launch_bound or stand.rehearsed else "1024"
         arguments = ["--model", f"benchmarks.gpu.models:{model}", "--data", "synthetic:3x8x8,n=2048"]
-        arguments += ["--batch-size", batch, *_stop(stand)]
+        arguments += ["--batch-size", batch, "--workers", "0", *_stop(stand)]
         result, _ = bench(stand, model, arguments, timeout_s=90)
         yield from judge_profile(result, model, launch_bound=launch_bound, on_device=not stand.rehearsed)
 
@@ -427,23 +431,23 @@ def _verdict(result: Result, model: str, *, launch_bound: bool) -> Line:
 
 
 def memory(stand: Stand) -> Iterator[Line]:
-    """Peak memory grows in a line with the batch, and the largest batch found fits where the next one does not.
+    """Expect peak memory to grow in a line with the batch, and the largest batch found to be the largest.
 
     MobileNetV2 at four batch sizes: the peaks lie on one line within 5 %. Then the device is filled up to 4 GiB by this
     process, and `--max-batch` searches the largest batch of a model that takes about 256 MiB a sample: it must have
     survived, and a batch at most one sixty-fourth larger (or by one) must have failed.
     """
-    arguments = ["--model", "mobilenet_v2", "--data", "synthetic:3x96x96,n=256", "--batch-size", "32,64,128,256"]
+    arguments = ["--model", "mobilenet_v2", "--data", "synthetic:3x96x96,n=256", "--batch-size", "64,128,192,256"]
     if stand.rehearsed:
         arguments = ["--model", "mnist_cnn", "--data", "synthetic:1x28x28,n=64", "--batch-size", "8,16,32"]
-    result, _ = bench(stand, "memory", [*arguments, *_stop(stand)], timeout_s=120)
+    result, _ = bench(stand, "memory", [*arguments, "--workers", "0", *_stop(stand)], timeout_s=120)
     yield judge_line(result.measurements, pool="host" if stand.rehearsed else "device")
     arguments = ["--model", "benchmarks.gpu.models:hungry", "--data", "synthetic:3x8x8,n=64", "--max-batch"]
     if stand.rehearsed:
         arguments[1] = "benchmarks.gpu.models:capped"
         arguments += ["--host-memory", "4GiB"]
     with _capped(stand):
-        result, _ = bench(stand, "largest", [*arguments, *_stop(stand)], timeout_s=180)
+        result, _ = bench(stand, "largest", [*arguments, "--workers", "0", *_stop(stand)], timeout_s=180)
     yield from judge_largest(result.largest_batches)
 
 

@@ -33,10 +33,16 @@ def _nothing() -> None:
     pass
 
 
-def _recorded(device: Device, stages: list[Stage], steps: int) -> tuple[Steps, Steps, Block, list[int]]:
-    """Run a block with bsprof's marks and return host steps, device steps, the block and its one outside interval."""
+def _recorded(
+    device: Device, stages: list[Stage], steps: int, *, lead_in: int = 0
+) -> tuple[Steps, Steps, Block, list[int]]:
+    """Run a block with bsprof's marks and return host steps, device steps, the block and its one outside interval.
+
+    Making a clock may drain the queue; `lead_in` bare steps fill it again.
+    """
     tape = Tape(clock=device.host_clock, device_clock=device.clock())
     tape.reserve(steps * len(stages) + 1)
+    run_block(stages, lead_in, None)
     outside = device.stopwatch()
     outside.record()
     block = run_block(stages, steps, tape)
@@ -51,7 +57,7 @@ def _recorded(device: Device, stages: list[Stage], steps: int) -> tuple[Steps, S
 
 
 def planted_delays(stand: Stand) -> Iterator[Line]:
-    """A delay planted in a phase comes back in that phase, on the clock that it was planted on.
+    """Expect a delay planted in a phase back in that phase, on the clock that it was planted on.
 
     On the device a spinning kernel of about 5 ms is queued behind a phase. How long it really took is read from a pair
     of plain events around it, for the clock rate may move; bsprof's own events must find the same in that phase
@@ -65,7 +71,7 @@ def planted_delays(stand: Stand) -> Iterator[Line]:
         for phase in PHASES:
             yield _planted(device, clock, phase)
     if stand.rehearsed:
-        yield skip("bsprof selftest on the device", "spins on a real clock")
+        yield skip("bsprof selftest", "spins on a real clock")
         return
     checks = selftest.run(_quiet) + selftest.run_on_device(_quiet, device.torch_device)
     on_device = [check for check in checks if check.clock == "device"]
@@ -158,7 +164,7 @@ def _stage(device: Device, clock: str, delay_ns: int, watch: Stopwatch) -> Calla
 
 
 def stall(stand: Stand) -> Iterator[Line]:
-    """A loader of known period stalls the device for max(0, period - step), and the rest of the wait is hidden.
+    """Expect a loader of known period to stall the device for max(0, period - step), and the rest hidden.
 
     The device's work is one spinning kernel a step, its true length read from plain events. The loader gives its k-th
     batch at start + k * period, so that the host waits about one period a step whatever the device does. At half
@@ -171,8 +177,7 @@ def stall(stand: Stand) -> Iterator[Line]:
         watch = device.stopwatch()
         stages = _paced(device, round(ratio * work_ns), work_ns, watch)
         device.wait()
-        run_block(stages, 3, None)  # the queue fills
-        host, on_device, block, outside = _recorded(device, stages, steps)
+        host, on_device, block, outside = _recorded(device, stages, steps, lead_in=3)
         samples = Samples(
             batch_size=None,
             step_ns=host.step_ns,
@@ -242,7 +247,7 @@ def _paced(device: Device, period_ns: int, work_ns: int, watch: Stopwatch) -> li
 
 
 def sums(stand: Stand) -> Iterator[Line]:
-    """Phases on the device add up to one pair of events around the whole window, within 1 %.
+    """Expect phases on the device to add up to one pair of events around the whole window, within 1 %.
 
     The pair shares nothing with the chain of marks. Once with sleeps of different lengths, once with MobileNetV2; the
     residual is the one that every result shows.
@@ -283,7 +288,7 @@ def _residual(name: str, device: Device, stages: list[Stage], steps: int) -> Lin
 
 
 def no_synchronisation(stand: Stand) -> Iterator[Line]:
-    """Recording never makes the host wait for the device.
+    """Expect that recording never makes the host wait for the device.
 
     The queue is kept full by long sleeps: a host that never waits is done with the block while the device has hardly
     begun. And torch, told to raise wherever it would synchronise, does not raise in an instrumented block of real

@@ -45,7 +45,7 @@ def python(stand: Stand, arguments: Sequence[str], *, timeout_s: float) -> Finis
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "XDG_CACHE_HOME": str(stand.cache),
-        "KINETO_LOG_LEVEL": "5",
+        "KINETO_LOG_LEVEL": "99",
         MARK: mark,
     }
     process = subprocess.Popen(

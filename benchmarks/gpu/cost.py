@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -24,53 +24,57 @@ MLP_LIMIT_US = 40.0
 WIDEST_SHARE = 0.01
 """Half an interval wider than this share of the step proves nothing."""
 
-Microseconds = dict[str, list[float]]
+Round = dict[str, float]
+"""Microseconds a step of the variants that one round timed."""
+PROFILED = 3
+"""Every third round has a block under torch.profiler: taking in what it saw takes far longer than the block."""
 
 
 def distortion(stand: Stand) -> Iterator[Line]:
-    """The marks cost at most 0.2 % of a MobileNetV2 step and 40 us of a tiny one.
+    """Expect the marks to cost at most 0.2 % of a MobileNetV2 step and 40 us of a tiny one.
 
-    Blocks of bare steps, steps with bsprof's marks and steps under torch.profiler alternate in random order, so that drift
-    meets all alike; each block is timed on the host from an empty queue to an empty queue. What each variant adds is the
-    median difference from the bare block of the same round, with its 95 % interval. On
-    MobileNetV2 the interval must reach below the limit, and one wider than 1 % of the step fails for telling nothing;
-    on the tiny step the median itself must be below it.
+    Blocks of bare steps, of steps with bsprof's marks and of steps under torch.profiler alternate in random order, so
+    that drift meets all alike; each block is timed on the host from an empty queue to an empty queue. What a variant
+    adds is the median difference from the bare block of the same round, with its 95 % interval. On MobileNetV2 the
+    interval must reach below the limit, and one wider than 1 % of the step fails for telling nothing; on the tiny step
+    the median itself must be below it.
     """
     rehearsed = stand.rehearsed
-    training = mobilenet(
-        stand.device, batch_size=2 if rehearsed else 32, image_size=32 if rehearsed else 224, loaded=True
-    )
-    times = _interleave(training, stand.device, steps=1 if rehearsed else 10, rounds=3 if rehearsed else 20)
+    small = {"batch_size": 2, "image_size": 32} if rehearsed else {"batch_size": 32, "image_size": 224}
+    training = mobilenet(stand.device, **small, loaded=True)
+    rounds = _interleave(training, stand.device, steps=1 if rehearsed else 5, rounds=9 if rehearsed else 30)
     training.stop()
-    yield judge_added("mobilenet_v2, batch 32", times, share=STEP_SHARE)
+    yield judge_added("mobilenet_v2, batch 32", rounds, share=STEP_SHARE)
     training = mlp(stand.device)
-    times = _interleave(training, stand.device, steps=20 if rehearsed else 200, rounds=3 if rehearsed else 30)
+    rounds = _interleave(training, stand.device, steps=20 if rehearsed else 100, rounds=9 if rehearsed else 45)
     training.stop()
-    yield judge_added("a tiny perceptron", times, limit_us=MLP_LIMIT_US)
+    yield judge_added("a tiny perceptron", rounds, limit_us=MLP_LIMIT_US)
 
 
-def _interleave(training: Training, device: Device, *, steps: int, rounds: int) -> Microseconds:
-    """Return microseconds a step of each variant, one entry a round."""
+def _interleave(training: Training, device: Device, *, steps: int, rounds: int) -> list[Round]:
+    """Return what each round timed."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if not device.rehearsed:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    times: Microseconds = {"bare": [], "bsprof": [], "torch.profiler": []}
+    found: list[Round] = []
     order = random.Random(0)
-    for number in range(-2, rounds):  # the first rounds warm up
-        for name in order.sample(sorted(times), len(times)):
-            run_block(training.stages, 2, None)
+    for number in range(-PROFILED, rounds):  # the first rounds warm up
+        names = ["bare", "bsprof", "torch.profiler"] if number % PROFILED == 0 else ["bare", "bsprof"]
+        times: Round = {}
+        for name in order.sample(names, len(names)):
             tape = None
             if name == "bsprof":
                 tape = Tape(clock=device.host_clock, device_clock=device.clock())
                 tape.reserve(steps * len(training.stages) + 1)
+            run_block(training.stages, 2, None)  # whatever came before has left the caches
             block = partial(run_block, training.stages, steps, tape)
             # The profiler's start and its export are not counted: a profiled window pays them once.
             profiler = torch.profiler.profile(activities=activities, acc_events=True)
             with profiler if name == "torch.profiler" else contextlib.nullcontext():
-                us = _timed(block, device)
-            if number >= 0:
-                times[name].append(us / steps)
-    return times
+                times[name] = _timed(block, device) / steps
+        if number >= 0:
+            found.append(times)
+    return found
 
 
 def _timed(run: Callable[[], object], device: Device) -> float:
@@ -81,13 +85,14 @@ def _timed(run: Callable[[], object], device: Device) -> float:
     return (device.host_clock() - start) / 1e3
 
 
-def judge_added(what: str, times: Microseconds, *, share: float | None = None, limit_us: float | None = None) -> Line:
+def judge_added(
+    what: str, rounds: Sequence[Round], *, share: float | None = None, limit_us: float | None = None
+) -> Line:
     """Hold what `bsprof` adds to `bare`, in microseconds a step, against a share of the step or an absolute limit."""
-    bare = stats.median(times["bare"]).value
+    bare = stats.median([times["bare"] for times in rounds]).value
     added = {
-        name: stats.median([a - b for a, b in zip(times[name], times["bare"], strict=True)])
-        for name in times
-        if name != "bare"
+        name: stats.median([times[name] - times["bare"] for times in rounds if name in times])
+        for name in ("bsprof", "torch.profiler")
     }
     ours = added["bsprof"]
     limit = bare * share if share is not None else limit_us
@@ -103,7 +108,7 @@ def judge_added(what: str, times: Microseconds, *, share: float | None = None, l
         "the marks cost more" if telling else "the interval is too wide to tell",
         bare_us=bare,
         added_us={name: estimate._asdict() for name, estimate in added.items()},
-        blocks_us=times,
+        rounds_us=list(rounds),
     )
 
 

@@ -76,15 +76,17 @@ class CudaEvents:
 
 
 class CudaDevice:
-    """The current CUDA device. `torch.cuda._sleep` spins for a number of clock cycles, calibrated against events."""
+    """The first visible CUDA device; making one does not touch it, so that a check that only runs commands holds none.
+
+    `torch.cuda._sleep` spins for a number of clock cycles, calibrated against events at its first use.
+    """
 
     rehearsed = False
 
-    def __init__(self) -> None:
-        self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.name = torch.cuda.get_device_name(self.torch_device)
-        self.host_clock = host_clock
-        self._value = torch.ones((), device=self.torch_device)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.torch_device = torch.device("cuda", 0)
+        self.host_clock: HostClock = host_clock
         self._cycles_per_ns: float | None = None
 
     def pause(self, ns: int) -> None:
@@ -144,7 +146,7 @@ class CudaDevice:
 
     def peek(self) -> None:
         """Copy one number to the host."""
-        self._value.item()
+        torch.ones((), device=self.torch_device).item()
 
 
 # --- the stand-in -----------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces each window on stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each window on stderr
 
 import msgspec
 import psutil
+import torch
 
 from benchmarks.gpu.cases import cudnn, memory, out_of_memory, profiler, sweep
 from benchmarks.gpu.clocks import no_synchronisation, planted_delays, stall, sums
@@ -42,11 +43,11 @@ CHECKS = (
     Check(name="stall", expected_s=8, run=stall),
     Check(name="sums", expected_s=8, run=sums),
     Check(name="sync", expected_s=6, run=no_synchronisation),
-    Check(name="distortion", expected_s=45, run=distortion),
+    Check(name="distortion", expected_s=40, run=distortion),
     Check(name="energy", expected_s=20, run=energy),
     Check(name="oom", expected_s=20, run=out_of_memory),
     Check(name="cudnn", expected_s=45, run=cudnn),
-    Check(name="sweep", expected_s=90, run=sweep),
+    Check(name="sweep", expected_s=80, run=sweep),
     Check(name="profiler", expected_s=30, run=profiler),
     Check(name="memory", expected_s=75, run=memory),
     Check(name="ceilings", expected_s=70, run=ceilings),
@@ -56,8 +57,8 @@ CHECKS = (
 BUDGET_S = 480.0
 PATIENCE = 2.5
 """A check may take so many times what is expected, and 20 s more, before it is ended."""
-SUITE = "BSPROF_ACCEPTANCE_SUITE"
-"""An environment variable that every command of this run carries, so that none outlives it."""
+SUITE = "BSPROF_ACCEPTANCE_CHECK"
+"""An environment variable that every command of a check carries, so that none outlives it."""
 
 
 @dataclass(kw_only=True)
@@ -151,15 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         created=now.isoformat(timespec="seconds"),
         environment=environment,
     )
+    device: Device = RehearsalDevice() if options.rehearse else CudaDevice(report.device)
     target = _target(options, report.device, now)
-    os.environ[SUITE] = uuid.uuid4().hex
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bsprof-acceptance-") as name:
         folder = Path(name)
         for check in chosen:
             left_s = options.budget - (time.monotonic() - started)
             began = time.monotonic()
-            lines = _run(check, folder, left_s, rehearsed=options.rehearse)
+            lines = run_check(check, device, folder, left_s)
             for line in lines:
                 print(f"{_word(line, options.rehearse)}  {check.name}: {line}", flush=True)
                 report.lines.append((check.name, line))
@@ -224,16 +225,17 @@ def _save(report: Report, target: Path) -> None:
 # --- one check --------------------------------------------------------------------------------------
 
 
-def _run(check: Check, folder: Path, left_s: float, *, rehearsed: bool) -> Iterator[Line]:
+def run_check(check: Check, device: Device, folder: Path, left_s: float) -> Iterator[Line]:
     """Yield the lines of `check` as they come from its process. It is ended when it takes too long."""
-    if left_s < check.expected_s and not rehearsed:
+    if left_s < check.expected_s and not device.rehearsed:
         yield skip(check.name, f"expects {check.expected_s:.0f} s, and {max(0.0, left_s):.0f} s of the budget are left")
         return
     limit_s = min(PATIENCE * check.expected_s + 20, left_s)
     # A fork: torch is loaded already, and CUDA is first touched in the child, so that no check inherits another's.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_enter, args=(check, folder, sender, rehearsed), name=check.name)
+    os.environ[SUITE] = uuid.uuid4().hex
+    process = context.Process(target=_enter, args=(check, device, folder, sender), name=check.name)
     process.start()
     sender.close()
     deadline = time.monotonic() + limit_s
@@ -281,13 +283,15 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
             continue
 
 
-def _enter(check: Check, folder: Path, lines: Connection, rehearsed: bool) -> None:
+def _enter(check: Check, device: Device, folder: Path, lines: Connection) -> None:
     """Run `check` in this process, a group of its own, and send what it says; None is its end."""
     os.setpgid(0, 0)
+    if device.rehearsed:
+        torch.set_num_threads(1)
     own = folder / check.name
     own.mkdir()
     try:
-        for line in check.run(Stand(device=_device(rehearsed), folder=own, cache=folder / "cache")):
+        for line in check.run(Stand(device=device, folder=own, cache=folder / "cache")):
             lines.send(line)
     except Unable as reason:
         lines.send(fail(check.name, str(reason)))
@@ -299,12 +303,3 @@ def _enter(check: Check, folder: Path, lines: Connection, rehearsed: bool) -> No
     lines.send(None)
     lines.close()
     shutil.rmtree(own, ignore_errors=True)
-
-
-def _device(rehearsed: bool) -> Device:
-    if not rehearsed:
-        return CudaDevice()
-    import torch
-
-    torch.set_num_threads(1)
-    return RehearsalDevice()

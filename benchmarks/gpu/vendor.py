@@ -38,10 +38,10 @@ FIGURES: dict[str, Figures] = {
 
 
 def ceilings(stand: Stand) -> Iterator[Line]:
-    """Measured bandwidths and matrix rates lie between 50 % and 100 % of the vendor's figures.
+    """Expect measured bandwidths and matrix rates between 50 % and 100 % of the vendor's figures.
 
-    Each figure comes from a datasheet; a device that is not in the table is skipped, never guessed at. A slice of a device
-    (MIG) has other figures and another name.
+    Each figure comes from a datasheet; a device that is not in the table is skipped, never guessed at. A slice of a
+    device (MIG) has other figures and another name.
     """
     flags = [] if stand.rehearsed else ["--measure"]
     finished = python(stand, ["-m", "bsprof", "env", *flags, "--json"], timeout_s=150)
