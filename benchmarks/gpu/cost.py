@@ -42,11 +42,11 @@ def distortion(stand: Stand) -> Iterator[Line]:
     rehearsed = stand.rehearsed
     small = {"batch_size": 2, "image_size": 32} if rehearsed else {"batch_size": 32, "image_size": 224}
     training = mobilenet(stand.device, **small, loaded=True)
-    rounds = _interleave(training, stand.device, steps=1 if rehearsed else 5, rounds=9 if rehearsed else 30)
+    rounds = _interleave(training, stand.device, steps=1 if rehearsed else 5, rounds=6 if rehearsed else 30)
     training.stop()
     yield judge_added("mobilenet_v2, batch 32", rounds, share=STEP_SHARE)
     training = mlp(stand.device)
-    rounds = _interleave(training, stand.device, steps=20 if rehearsed else 100, rounds=9 if rehearsed else 45)
+    rounds = _interleave(training, stand.device, steps=20 if rehearsed else 100, rounds=6 if rehearsed else 45)
     training.stop()
     yield judge_added("a tiny perceptron", rounds, limit_us=MLP_LIMIT_US)
 

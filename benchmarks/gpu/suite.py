@@ -239,7 +239,7 @@ def run_check(check: Check, device: Device, folder: Path, left_s: float) -> Iter
     process.start()
     sender.close()
     deadline = time.monotonic() + limit_s
-    complete = False
+    complete = late = False
     found = 0
     try:
         while (left := deadline - time.monotonic()) > 0 and receiver.poll(left):
@@ -251,7 +251,7 @@ def run_check(check: Check, device: Device, folder: Path, left_s: float) -> Iter
             yield line
         else:
             yield fail(check.name, f"still running after {limit_s:.0f} s, ended")
-            complete = True
+            late = True
     except EOFError:
         pass  # it died in the middle
     finally:
@@ -259,7 +259,7 @@ def run_check(check: Check, device: Device, folder: Path, left_s: float) -> Iter
             process.join(10)
         _end(process)
         receiver.close()
-    if not complete:
+    if not complete and not late:
         code = process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         yield fail(check.name, f"its process died: {how}")

@@ -66,8 +66,9 @@ def ceilings(stand: Stand) -> Iterator[Line]:
 def find_rates(document: Any) -> dict[str, Any] | None:
     """Return the first object named `rates` in a JSON document."""
     if isinstance(document, dict):
-        if isinstance(document.get("rates"), dict):
-            return document["rates"]
+        rates = document.get("rates")
+        if isinstance(rates, dict):
+            return rates
         document = list(document.values())
     if isinstance(document, list):
         return next((found for item in document if (found := find_rates(item)) is not None), None)
