@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +21,23 @@ import msgspec
 from rich.console import Console
 from rich.control import Control
 
-from bsprof import store
+from bsprof import ceilings, store
 from bsprof.compare import environment_differences
 from bsprof.errors import BsprofError, Exit
-from bsprof.model import AXES, Environment, Measurement, Plan, Result
+from bsprof.model import AXES, Case, Environment, Measurement, Plan, Result
+from bsprof.report import largest as report_largest
 from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.interruption import Interruption
+from bsprof.sweep.largest import Searched, search
 from bsprof.sweep.plan import Expansion, convert_flags, expand, expected_s, make_plan, parse_values, refuse_undecodable
 from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, check_names, describe_environment, prepare, sweep
 
 RESERVE_BYTES_PER_CASE = 200_000
 """Room that a case's samples may take on disk; reserved before measuring, so that a full disk is known then."""
+
+TRIES = 15
+"""Cases that a search for the largest batch may take, for that reserve."""
 
 
 class Request(NamedTuple):
@@ -42,6 +47,7 @@ class Request(NamedTuple):
     quick: bool
     resume: Path | None
     output: str | None
+    trace: Path | None
     flags: Mapping[str, Any]
 
 
@@ -55,12 +61,17 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         for name, axis in AXES.items()
         if request.flags.get(name) is not None
     }
+    if request.flags["max_batch"] and "batch_size" in axes:
+        raise BsprofError("--batch-size and --max-batch: the one gives what the other searches", hint="leave out one")
     stop, rest = _plan_flags(request.flags)
     past = _Past.read(request.resume) if request.resume else None
     from_file = store.read_plan(request.plan_file) if request.plan_file else None
     if from_file and (axes or request.quick):
         flag = "--" + next(iter(axes), "quick").replace("_", "-")
         raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
+    margin = request.flags["max_batch_margin"]
+    if margin is not None and not (request.flags["max_batch"] or (from_file and from_file.largest_batch)):
+        raise BsprofError("--max-batch-margin: there is no search to have a margin", hint="add --max-batch")
     if past and request.output not in (None, "-"):
         raise BsprofError(
             f"--output {request.output}: a resumed sweep stays in {past.target}", hint="leave it out, and copy the file"
@@ -72,9 +83,14 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     for note in expansion.notes:
         notices.print(f"note: {note.text}", highlight=False)
     settings = [case.settings for case in expansion.cases if case.settings]
+    if not dry_run:
+        _check_trace(request.trace, plan, expansion.cases)
     if dry_run:
         check_names(settings, plan)
         done = {(m.case.key, m.case.process) for m in past.finished()} if past else set()
+        if plan.largest_batch:
+            report_largest.render_searches(expansion.cases, plan, plan.largest_batch, terminal.console())
+            return Exit.DONE
         left = [case for case in expansion.cases if (case.key, case.process) not in done]
         terminal.render_cases(left, f"at most {expected_s(plan, len(left)):.0f} s", terminal.console())
         return Exit.DONE
@@ -97,19 +113,19 @@ def _measure(
 ) -> int:
     created = past.created if past else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     header = store.Header(created=created, plan=plan, environment=environment)
-    reserve = len(expansion.cases) * RESERVE_BYTES_PER_CASE
+    reserve = len(expansion.cases) * RESERVE_BYTES_PER_CASE * (TRIES if plan.largest_batch else 1)
     target, journal = past.reopen(header, reserve) if past else _open_journal(request.output, header, reserve)
     notices = terminal.console(stderr=True)
     done = past.finished() if past else []
     with journal, Interruption(_farewell(target, notices)) as stop:
-        left = len(expansion.cases) - len(done)
-        with Progress(notices, left, expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
-            swept = sweep(expansion.cases, plan, ProcessExecutor(stop), journal, progress, stop, done)
+        swept, largest_batches = _sweep(plan, expansion, done, journal, stop, notices, request.trace)
         result = Result(
             created=created,
             plan=plan,
             environment=environment,
             measurements=swept.measurements,
+            largest_batches=largest_batches,
+            ceilings=ceilings.cached(environment),
             wall_s=None if past else time.monotonic() - started,
             notes=tuple(expansion.notes),
         )
@@ -125,7 +141,30 @@ def _measure(
             raise _with_way_out(failure, target)
     if target.exists():
         notices.print(f"\nsaved {target}", highlight=False, soft_wrap=True)
+    if swept.interrupted and plan.largest_batch:
+        left = sum(not found.complete for found in largest_batches)
+        return _interrupted(f"{left} of {len(largest_batches)} searches", "finish", target, notices)
     return _exit_code(swept, target, notices)
+
+
+def _sweep(
+    plan: Plan,
+    expansion: Expansion,
+    done: list[Measurement],
+    journal: store.Journal,
+    stop: Interruption,
+    notices: Console,
+    trace: Path | None,
+) -> Searched:
+    """Measure every case, or search the largest batch for each; nothing is found where nothing is searched."""
+    executor = ProcessExecutor(stop, trace=_trace_places(trace, expansion.cases))
+    if plan.largest_batch:
+        varying = [name for name in AXES if name in (*expansion.varying, "batch_size")]
+        with Progress(notices, None, varying, 0.0) as progress:
+            return search(expansion.cases, plan, executor, journal, progress, stop, done)
+    left = len(expansion.cases) - len(done)
+    with Progress(notices, left, expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
+        return Searched(sweep(expansion.cases, plan, executor, journal, progress, stop, done), [])
 
 
 def _farewell(target: Path, notices: Console) -> str:
@@ -174,16 +213,19 @@ def _keep(
 def _exit_code(swept: Swept, target: Path, notices: Console) -> int:
     if swept.interrupted:
         left = sum(m.outcome.kind in UNFINISHED for m in swept.measurements)
-        notices.print(
-            f"interrupted: {left} of {len(swept.measurements)} cases are left; to measure them:\n"
-            f"  bsprof bench --resume {_quoted(target)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return Exit.INTERRUPTED
+        return _interrupted(f"{left} of {len(swept.measurements)} cases", "measure", target, notices)
     if not any(m.outcome.kind == "ok" for m in swept.measurements):
         return Exit.USAGE
     return Exit.DONE
+
+
+def _interrupted(left: str, verb: str, target: Path, notices: Console) -> int:
+    notices.print(
+        f"interrupted: {left} are left; to {verb} them:\n  bsprof bench --resume {_quoted(target)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return Exit.INTERRUPTED
 
 
 def _plan(
@@ -203,7 +245,12 @@ def _plan(
             return past.plan
     if from_file:
         plan = convert_flags(
-            {**msgspec.to_builtins(from_file), **rest, "stop": {**msgspec.to_builtins(from_file.stop), **stop}}
+            {
+                **msgspec.to_builtins(from_file),
+                **rest,
+                "stop": {**msgspec.to_builtins(from_file.stop), **stop},
+                "largest_batch": _search_of(from_file, rest),
+            }
         )
     else:
         plan = make_plan(axes, environment, quick=quick, stop=stop, **rest)
@@ -215,12 +262,26 @@ def _plan(
     return plan
 
 
+def _search_of(from_file: Plan, rest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the search of a plan file with the flags that change it on top."""
+    asked = rest.get("largest_batch")
+    if from_file.largest_batch is None:
+        return asked
+    return {**msgspec.to_builtins(from_file.largest_batch), **(asked or {})}
+
+
+_PLAN_FLAGS = (
+    *("repeat", "seed", "order", "malloc", "download"),
+    *("serialised_steps", "profile_steps", "telemetry_hz", "nvtx"),
+)
+"""Flags that are called like their field in a plan."""
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the given flags as fields of Stop and of Plan."""
-    for flag in ("precision", "max_case_time", "deadline"):
+    for flag in ("precision", "max_case_time", "deadline", "telemetry_hz", "max_batch_margin"):
         if flags[flag] is not None and not math.isfinite(flags[flag]):
             raise BsprofError(f"--{flag.replace('_', '-')}: {flags[flag]} is no finite number", hint="give a number")
     stop = {
@@ -228,7 +289,7 @@ def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         for flag, field in (("precision", "precision"), ("max_case_time", "max_case_time_s"))
         if flags[flag] is not None
     }
-    plan = {name: flags[name] for name in ("repeat", "seed", "order", "malloc", "download") if flags[name] is not None}
+    plan = {name: flags[name] for name in _PLAN_FLAGS if flags[name] is not None}
     if flags["deadline"] is not None:
         plan["deadline_s"] = flags["deadline"]
     if flags["data_root"] is not None:
@@ -236,6 +297,9 @@ def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         plan["data_root"] = str(Path(flags["data_root"]).resolve())
     if flags["host_memory"] is not None:
         plan["host_memory_bytes"] = _bytes(flags["host_memory"])
+    if flags["max_batch"] or flags["max_batch_margin"] is not None:
+        margin = flags["max_batch_margin"]
+        plan["largest_batch"] = {} if margin is None else {"margin": margin}
     return stop, plan
 
 
@@ -279,6 +343,35 @@ def _open_named_by_time(directory: Path, header: store.Header, reserve: int) -> 
             if not _journal_path(target).exists():
                 raise
     raise BsprofError(f"{stem}.json: a hundred results of this second exist", hint="name one with --output")
+
+
+def _trace_places(trace: Path | None, cases: Sequence[Case]) -> dict[Case, Path]:
+    """Return where each case's trace goes: the one file that was named, or a file for each case in a folder."""
+    if trace is None:
+        return {}
+    if trace.name.endswith((".json", ".json.gz")):
+        if len(cases) > 1:
+            raise BsprofError(f"--trace {trace}: {len(cases)} cases, one file", hint="name a folder")
+        return {case: trace.absolute() for case in cases}
+    folder = trace.absolute()
+    return {case: folder / f"trace-{case.key}-{case.process}.json.gz" for case in cases}
+
+
+def _check_trace(trace: Path | None, plan: Plan, cases: Sequence[Case]) -> None:
+    """Refuse a bad `--trace` before anything is measured, and make its folder."""
+    if trace is None:
+        return
+    if plan.largest_batch:
+        raise BsprofError("--trace: a search for the largest batch profiles nothing", hint="leave --trace out")
+    places = _trace_places(trace, cases)
+    if not plan.profile_steps:
+        raise BsprofError("--trace: there is no trace without --profile-steps", hint="leave --profile-steps out")
+    try:
+        for folder in {place.parent for place in places.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BsprofError(f"--trace {trace}: {error.strerror}", hint="name another place") from error
 
 
 def _check_output(output: str | None) -> None:

@@ -150,8 +150,23 @@ def commands() -> None:
     "--malloc", type=click.Choice(["pinned", "default"]), help="Keep freed host memory while measuring. [pinned]"
 )
 @click.option("--host-memory", metavar="SIZE", help="Private memory that a case's process may have, as 4GiB.")
+@click.option("--serialised-steps", type=int, help="Steps timed with a synchronisation at each boundary. [10]")
+@click.option("--profile-steps", type=int, help="Steps under torch.profiler after the timed window; 0 for none. [5]")
+@click.option("--trace", type=click.Path(path_type=Path), help="Keep the profiler's trace: a .json[.gz], or a folder.")
+@click.option("--nvtx", is_flag=True, default=None, help="An NVTX range around each phase, for Nsight Systems.")
+@click.option("--telemetry-hz", type=float, help="Samples a second of clocks, power and memory; 0 for none. [10]")
+@click.option("--max-batch", is_flag=True, default=None, help="Search the largest batch that fits.")
+@click.option(
+    "--max-batch-margin", type=float, metavar="SHARE", help="Share of the memory that it must leave free. [0.05]"
+)
 def bench(
-    plan_file: Path | None, quick: bool, dry_run: bool, resume: Path | None, output: str | None, **flags: Any
+    plan_file: Path | None,
+    quick: bool,
+    dry_run: bool,
+    resume: Path | None,
+    output: str | None,
+    trace: Path | None,
+    **flags: Any,
 ) -> int:
     """Measure where a step's time goes, over any axes.
 
@@ -160,7 +175,7 @@ def bench(
     """
     from bsprof import bench as benching
 
-    request = benching.Request(plan_file=plan_file, quick=quick, resume=resume, output=output, flags=flags)
+    request = benching.Request(plan_file=plan_file, quick=quick, resume=resume, output=output, trace=trace, flags=flags)
     return benching.run(request, dry_run=dry_run, version=VERSION)
 
 
@@ -175,20 +190,46 @@ def show(result: Path) -> None:
 
 
 @commands.command()
+@click.option(
+    "--measure", is_flag=True, help="Measure what it can do at the most, where that is not known yet; 20 to 60 s."
+)
+@click.option("--refresh", is_flag=True, help="Measure that again, although it is known.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def env(as_json: bool) -> None:
-    """Print the machine and its software."""
-    from bsprof.sweep.runner import describe_environment
+def env(measure: bool, refresh: bool, as_json: bool) -> None:
+    """Print the machine, its software, and its ceilings.
+
+    Ceilings are what the machine does at the most: copies, matrix products, decoding, reading, cores that really run
+    at once. They are measured once, kept in the user's cache, and go into every result of this machine.
+    """
+    from bsprof import ceilings
+    from bsprof.report import ceilings as rendering
+    from bsprof.report import terminal
+    from bsprof.sweep.runner import describe_environment, measure_ceilings
 
     environment = describe_environment()
+    known = None if refresh else ceilings.cached(environment)
+    unkept: BsprofError | None = None
+    if refresh or (measure and known is None):
+        notices = terminal.console(stderr=True)
+        known = measure_ceilings(
+            ceilings.identity(environment), lambda stage: notices.print(f"measuring {stage}", soft_wrap=True)
+        )
+        try:
+            ceilings.keep(known)
+        except BsprofError as error:
+            unkept = error
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.format(msgspec.json.encode(environment)).decode())
-        return
-    from bsprof.report import terminal
-
-    terminal.render_environment(environment, terminal.console())
+        whole = {**msgspec.to_builtins(environment), "ceilings": msgspec.to_builtins(known)}
+        click.echo(msgspec.json.format(msgspec.json.encode(whole)).decode())
+    else:
+        console = terminal.console()
+        terminal.render_environment(environment, console)
+        console.print()
+        rendering.render(known, None if unkept or known is None else ceilings.path_of(known.identity), console)
+    if unkept:
+        raise unkept
 
 
 @commands.command()

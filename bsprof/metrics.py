@@ -2,7 +2,8 @@
 
 A metric is one entry of `METRICS`: its unit, which way is better, what it means and how it is computed from
 one process's samples. `summarise` groups the processes of each case and combines their values. All times are
-in seconds, all shares and ratios are fractions; `None` means 'not captured' and never stands for 0.
+in seconds, sizes in bytes, energy in joules, all shares and ratios are fractions; `None` means 'not captured' and
+never stands for 0.
 
 Medians and their intervals describe the *step*. Phases are *means* over the steady steps, because only means
 add up: phases + other = mean step. (A wait that falls on every fourth step has a median of zero.)
@@ -19,25 +20,59 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bsprof import stats
-from bsprof.model import AXES, PHASES, Block, Case, Facts, Measurement, Note, Result, Samples, Settings, Startup
+from bsprof import ceilings, stats
+from bsprof.ceilings import Bound
+from bsprof.model import (
+    AXES,
+    PHASES,
+    Backends,
+    Block,
+    Case,
+    Ceilings,
+    Facts,
+    Measurement,
+    Memory,
+    Note,
+    Profile,
+    Result,
+    Samples,
+    Settings,
+    Startup,
+    Telemetry,
+)
 from bsprof.stats import Estimate
 
 Value = Estimate | float | None
-Unit = Literal["s", "1/s", "share", "count"]
+Unit = Literal["s", "1/s", "share", "count", "B", "J", "W", "MHz"]
 Floats = npt.NDArray[np.float64]
 
 
 class Reading:
     """The samples of one process as arrays, each converted once and only if a metric asks for it.
 
+    `measurement` adds what was captured beside the samples (profile, memory, telemetry), `rates` what the machine can
+    do.
+
     The *primary clock* is the device's where it was captured, else the host's. Steady steps are all steps but
     those in which an epoch ended.
     """
 
-    def __init__(self, samples: Samples, startup: Startup | None = None) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        startup: Startup | None = None,
+        measurement: Measurement | None = None,
+        rates: Ceilings | None = None,
+    ) -> None:
         self.samples = samples
         self.startup = startup
+        self.settings = measurement.case.settings if measurement else None
+        self.facts = measurement.facts if measurement else None
+        self.memory: Memory | None = measurement.memory if measurement else None
+        self.profile: Profile | None = measurement.profile if measurement else None
+        self.telemetry: Telemetry | None = measurement.telemetry if measurement else None
+        self._serialised = measurement.serialised if measurement else None
+        self._rates = rates
         self.has_device_clock = samples.device_step_ns is not None
 
     @cached_property
@@ -82,6 +117,34 @@ class Reading:
     def phases(self) -> dict[str, float]:
         """Mean seconds of each phase on the primary clock."""
         return self.device if self.has_device_clock else self.host
+
+    @cached_property
+    def serialised(self) -> dict[str, float]:
+        """Mean seconds of each phase with a synchronisation at each boundary; empty where that was not run."""
+        phases = self._serialised.host_ns if self._serialised else {}
+        return {phase: statistics.fmean(ns) * 1e-9 for phase, ns in phases.items() if ns}
+
+    @cached_property
+    def bounds(self) -> list[Bound]:
+        """The least time that each measured ceiling leaves a step, the binding one first; empty where none is known."""
+        if self.settings is None or self.facts is None or self._rates is None or self.median is None:
+            return []
+        return ceilings.bounds(self.settings, self.facts, self.median.value, self._rates)
+
+    @property
+    def mfu(self) -> float | None:
+        """The step's floating-point operations a second as a share of the matrix rate measured on this device."""
+        if self.facts is None or self._rates is None or self.median is None:
+            return None
+        return ceilings.mfu(self.facts, self.median.value, self._rates)
+
+    def during(self, column: str) -> list[float]:
+        """Return what telemetry told of the device within the timed window; empty where it told nothing."""
+        told = self.telemetry
+        if told is None or column not in told.device:
+            return []
+        rows = zip(told.time_ns, told.device[column], strict=False)  # a sampler may be cut off
+        return [value for at, value in rows if value is not None and 0 <= at <= told.window_ns]
 
     @cached_property
     def distortion(self) -> Estimate | None:
@@ -184,6 +247,11 @@ def _first_step(reading: Reading) -> Value:
     return reading.samples.warmup_ns[0] * 1e-9 if reading.samples.warmup_ns else None
 
 
+def _warmup_excess(reading: Reading) -> Value:
+    warmup, step = reading.samples.warmup_ns, reading.median
+    return sum(warmup) * 1e-9 - len(warmup) * step.value if warmup and step else None
+
+
 def _startup(field: str, reading: Reading) -> Value:
     ns = getattr(reading.startup, field) if reading.startup else None
     return None if ns is None else ns * 1e-9
@@ -195,6 +263,98 @@ def _epoch_boundary(reading: Reading) -> Value:
         return None
     pairs = zip(startup.epoch_end_ns, startup.epoch_start_ns, strict=False)  # the last end may have no start after it
     return float(np.median([end + start for end, start in pairs])) * 1e-9
+
+
+# --- what the device did ---------------------------------------------------------------------------------
+
+
+def _serialised(reading: Reading) -> Value:
+    return sum(reading.serialised.values()) if reading.serialised else None
+
+
+def _overlap(reading: Reading) -> Value:
+    alone = sum(reading.serialised.values())
+    return alone - reading.mean if reading.serialised and reading.mean is not None else None
+
+
+def _overlap_share(reading: Reading) -> Value:
+    overlap, alone = _overlap(reading), sum(reading.serialised.values())
+    return overlap / alone if isinstance(overlap, float) and alone else None
+
+
+def _a_step(field: str, reading: Reading) -> Value:
+    """Return a total of the profiler window, divided by its steps."""
+    total = getattr(reading.profile, field) if reading.profile else None
+    return total / reading.profile.steps if total is not None and reading.profile and reading.profile.steps else None
+
+
+def _busy(reading: Reading) -> Value:
+    ns = _a_step("busy_total_ns", reading)
+    return ns * 1e-9 if isinstance(ns, float) else None
+
+
+def _busy_share(reading: Reading) -> Value:
+    profile = reading.profile
+    if profile is None or profile.busy_total_ns is None or not profile.wall_ns:
+        return None
+    return profile.busy_total_ns / profile.wall_ns
+
+
+def _copying(reading: Reading) -> Value:
+    profile = reading.profile
+    if profile is None or profile.busy_ns is None or not profile.steps:
+        return None
+    return sum(copy.ns for copy in profile.copies) * 1e-9 / profile.steps
+
+
+def _held(field: str, reading: Reading) -> Value:
+    held = getattr(reading.memory, field) if reading.memory else None
+    return None if held is None else float(held)
+
+
+def _fragmentation(reading: Reading) -> Value:
+    memory = reading.memory
+    if memory is None or not memory.reserved_peak:
+        return None
+    return 1 - memory.allocated_peak / memory.reserved_peak
+
+
+def _told(column: str, reading: Reading) -> Value:
+    values = reading.during(column)
+    return statistics.fmean(values) if values else None
+
+
+def _power(reading: Reading) -> Value:
+    """Return the mean draw in watts, by the best that there is.
+
+    The energy counter counts all the time. Readings are points in it, and `power_w` on A100 and H100 is the mean of
+    the quarter of the time only that the driver samples (arXiv 2312.02741), so it comes last.
+    """
+    energy = reading.telemetry.energy if reading.telemetry else None
+    if energy is not None and energy.source == "counter" and energy.joules is not None and energy.window_ns:
+        return energy.joules / (energy.window_ns * 1e-9)
+    now = _told("power_instant_w", reading)
+    return _told("power_w", reading) if now is None else now
+
+
+def _energy(reading: Reading) -> Value:
+    energy = reading.telemetry.energy if reading.telemetry else None
+    if energy is None or energy.joules is None or not energy.resolvable or not energy.steps:
+        return None
+    return energy.joules / energy.steps
+
+
+def _energy_per_sample(reading: Reading) -> Value:
+    energy, batch = _energy(reading), reading.samples.batch_size
+    return energy / batch if isinstance(energy, float) and batch else None
+
+
+def _sampler(reading: Reading) -> Value:
+    told = reading.telemetry
+    if told is None or told.sampler_cpu_ns is None or len(told.time_ns) < 2:
+        return None
+    span = told.time_ns[-1] - told.time_ns[0]
+    return told.sampler_cpu_ns / span if span > 0 else None
 
 
 # --- the registry --------------------------------------------------------------------------------------
@@ -284,11 +444,63 @@ _METRICS = (
         lambda r: float(len(r.samples.warmup_ns)) or None,
     ),
     Metric("warmup", "warm-up", "s", "lower", "time before the steady state", _warmup),
+    Metric(
+        "warmup_excess",
+        "warm-up cost",
+        "s",
+        "lower",
+        "warm-up less the time that as many steady steps take",
+        _warmup_excess,
+    ),
     Metric("process", "process", "s", "lower", "from request to the case's own code", partial(_startup, "process_ns")),
     Metric("build", "build", "s", "lower", "building model, data set and optimizer", partial(_startup, "build_ns")),
     Metric("iterator", "iterator", "s", "lower", "iter(loader): starting workers", partial(_startup, "iterator_ns")),
     Metric("first_batch", "first batch", "s", "lower", "the first next()", partial(_startup, "first_batch_ns")),
     Metric("epoch_boundary", "epoch end", "s", "lower", "last next() + iter() + first next()", _epoch_boundary),
+    Metric("serialised", "serialised", "s", "lower", "sum of the phases with a synchronisation at each", _serialised),
+    Metric("overlap", "overlap", "s", "higher", "serialised phases - mean step", _overlap),
+    Metric("overlap_share", "overlap", "share", "higher", "overlap / serialised phases", _overlap_share),
+    Metric("busy", "GPU busy", "s", "lower", "time a step in which a kernel or copy ran", _busy),
+    Metric(
+        "busy_of_step",
+        "busy",
+        "share",
+        "higher",
+        "GPU busy time in a profiled step / mean step of the timed window",
+        lambda r: _of_mean_step(_busy(r), r),
+    ),
+    Metric("busy_share", "busy", "share", "higher", "GPU busy time / wall time of the profiler window", _busy_share),
+    Metric("launches", "launches/step", "count", "lower", "kernel launches a step", partial(_a_step, "launches")),
+    Metric("copying", "copies", "s", "lower", "time a step in memory copies", _copying),
+    Metric(
+        "peak_memory", "peak memory", "B", "lower", "highest sum of live tensors", partial(_held, "allocated_peak"), max
+    ),
+    Metric(
+        "reserved_memory",
+        "reserved",
+        "B",
+        "lower",
+        "highest that the allocator held",
+        partial(_held, "reserved_peak"),
+        max,
+    ),
+    Metric("fragmentation", "fragmentation", "share", "lower", "1 - peak memory / reserved", _fragmentation),
+    Metric("power", "power", "W", "lower", "mean power draw of the device", _power),
+    Metric("sm_clock", "SM clock", "MHz", "higher", "mean clock of the multiprocessors", partial(_told, "sm_mhz")),
+    Metric("energy_per_step", "J/step", "J", "lower", "the device's energy in a step, idle power included", _energy),
+    Metric(
+        "energy_per_sample", "J/sample", "J", "lower", "the device's energy in a step / batch size", _energy_per_sample
+    ),
+    Metric("mfu", "MFU", "share", "higher", "FLOP/s of a step / measured matrix rate of its dtype", lambda r: r.mfu),
+    Metric(
+        "ceiling_share",
+        "ceiling",
+        "share",
+        "higher",
+        "least time that the binding ceiling leaves / median step",
+        lambda r: r.bounds[0].share if r.bounds else None,
+    ),
+    Metric("sampler_share", "sampler", "share", "lower", "telemetry's own share of one core", _sampler),
     # What the founding experiments printed, by their names: train-and-load time and load time, a batch.
     Metric("train_and_load", "time per batch", "s", "lower", "the step by its name", lambda r: r.median, stats.between),
     Metric("load", "load time", "s", "lower", "data wait by its name", lambda r: r.host.get("data")),
@@ -299,16 +511,36 @@ METRICS: dict[str, Metric] = {metric.key: metric for metric in _METRICS}
 
 
 def phase_metrics(phase: str) -> dict[str, Metric]:
-    """Return the metrics of one phase, by key: `NAME.time`, `NAME.share`, `NAME.host`, `NAME.device`."""
+    """Return the metrics of one phase, by key: `NAME.time`, `NAME.share`, `NAME.host`, `NAME.device` and more."""
 
     def share(reading: Reading) -> Value:
         return _of_mean_step(reading.phases.get(phase), reading)
 
+    def busy(reading: Reading) -> Value:
+        profile = reading.profile
+        if profile is None or profile.busy_ns is None or phase not in profile.busy_ns or not profile.steps:
+            return None
+        return profile.busy_ns[phase] * 1e-9 / profile.steps
+
+    def busy_share(reading: Reading) -> Value:
+        seconds, elapsed = busy(reading), reading.device.get(phase)
+        return seconds / elapsed if isinstance(seconds, float) and elapsed else None
+
+    def held(peaks: Callable[[Memory], dict[str, int]], reading: Reading) -> Value:
+        peak = peaks(reading.memory).get(phase) if reading.memory else None
+        return None if peak is None else float(peak)
+
+    live, reserved = partial(held, lambda m: m.phase_allocated_peak), partial(held, lambda m: m.phase_reserved_peak)
     entries = (
         Metric(f"{phase}.time", phase, "s", "lower", "mean, primary clock", lambda r: r.phases.get(phase)),
         Metric(f"{phase}.share", phase, "share", None, "share of the mean step", share),
         Metric(f"{phase}.host", f"{phase} host", "s", "lower", "mean, host clock", lambda r: r.host.get(phase)),
         Metric(f"{phase}.device", f"{phase} device", "s", "lower", "mean, device", lambda r: r.device.get(phase)),
+        Metric(f"{phase}.serialised", f"{phase} alone", "s", "lower", "mean, alone", lambda r: r.serialised.get(phase)),
+        Metric(f"{phase}.busy", f"{phase} busy", "s", "lower", "its kernels and copies, a step", busy),
+        Metric(f"{phase}.busy_share", f"{phase} busy", "share", "higher", "busy / device time", busy_share),
+        Metric(f"{phase}.peak_memory", f"{phase} peak", "B", "lower", "most live memory", live, max),
+        Metric(f"{phase}.reserved_memory", f"{phase} reserved", "B", "lower", "most held", reserved, max),
     )
     return {metric.key: metric for metric in entries}
 
@@ -327,17 +559,17 @@ class CaseSummary:
     """The processes of one case, and every metric of it, computed when asked for.
 
     Figures come from the processes that ended well; where none did, from whatever steps were recorded before
-    the end (`ok` tells them apart).
+    the end (`ok` tells them apart). `rates` are what the machine can do, where that was measured.
     """
 
-    def __init__(self, measurements: Sequence[Measurement]) -> None:
+    def __init__(self, measurements: Sequence[Measurement], rates: Ceilings | None = None) -> None:
         self.measurements = tuple(sorted(measurements, key=lambda one: one.case.process))
         self.case: Case = self.measurements[0].case
         self.failures = [one for one in self.measurements if one.outcome.kind != "ok"]
         usable = [one for one in self.measurements if one.samples is not None and one.samples.step_ns]
         self.ok = any(one.outcome.kind == "ok" for one in usable)
         measured = [one for one in usable if one.outcome.kind == "ok"] or usable
-        self.readings = [Reading(one.samples, one.startup) for one in measured if one.samples is not None]
+        self.readings = [Reading(one.samples, one.startup, one, rates) for one in measured if one.samples is not None]
         self._values: dict[str, Value] = {}
 
     @property
@@ -349,6 +581,26 @@ class CaseSummary:
     def facts(self) -> Facts | None:
         """What was in force in the first process that told."""
         return next((one.facts for one in self.measurements if one.facts is not None), None)
+
+    @property
+    def backends(self) -> Backends | None:
+        """Switches of torch as read back in the first process that told."""
+        return next((one.facts.backends for one in self.measurements if one.facts and one.facts.backends), None)
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profiler window of the first process that has one: names cannot be averaged."""
+        return next((reading.profile for reading in self.readings if reading.profile), None)
+
+    @property
+    def binding(self) -> Bound | None:
+        """The ceiling that leaves the step the least room, in the first process where one is known."""
+        return next((reading.bounds[0] for reading in self.readings if reading.bounds), None)
+
+    @property
+    def has_device_clock(self) -> bool:
+        """Whether the device timed the steps itself."""
+        return any(reading.has_device_clock for reading in self.readings)
 
     @property
     def notes(self) -> list[Note]:
@@ -441,4 +693,4 @@ def summarise(result: Result) -> list[CaseSummary]:
     groups: dict[str, list[Measurement]] = {}
     for measurement in result.measurements:
         groups.setdefault(measurement.case.key, []).append(measurement)
-    return sorted((CaseSummary(group) for group in groups.values()), key=_place)
+    return sorted((CaseSummary(group, result.ceilings) for group in groups.values()), key=_place)

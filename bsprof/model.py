@@ -468,6 +468,8 @@ class Check(Noun, frozen=True, kw_only=True):
     """One delay planted in one phase: what was put in, what came back there, and what leaked elsewhere."""
 
     phase: str
+    clock: Literal["host", "device"] = "host"
+    """Where the delay was planted, and by which clock it was found."""
     planted_ns: int
     found_ns: int
     leaked_ns: int
@@ -550,9 +552,11 @@ class Ceilings(Noun, frozen=True, kw_only=True):
     created: str
     rates: dict[str, Ceiling]
     """By name: `h2d_pinned`, `h2d_pageable`, `d2d`, `matrix_fp32`, `matrix_tf32`, `matrix_bf16`, `matrix_fp16`,
-    `jpeg_core`, `jpeg_all`, `disk_cold`, `disk_warm`, `cpu_cores`."""
+    `cpu_matrix_fp32`, `cpu_matrix_bf16`, `jpeg_core`, `jpeg_all`, `disk_cold`, `disk_warm`, `cpu_cores`."""
     missing: dict[str, str] = {}
     """What could not be measured, and why."""
+    notes: tuple[Note, ...] = ()
+    """What a reader must know before trusting them."""
     wall_s: float | None = None
 
 

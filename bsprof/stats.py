@@ -195,6 +195,88 @@ def spread(values: Numbers) -> float | None:
     return float(np.expm1(logs.max() - logs.min()))
 
 
+# --- a line -----------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """A straight line fitted by ordinary least squares: `y_mean + slope * (x - x_mean)`."""
+
+    slope: float
+    x_mean: float
+    y_mean: float
+    spread: float
+    """Sum of (x - x_mean)^2."""
+    variance: float | None
+    """Residual variance, on n - 2 degrees of freedom; null for two points, that leave no residual."""
+    n: int
+
+    def at(self, x: float, level: float = 0.95) -> Estimate:
+        """Return y at `x`, with the interval in which a *new observation* there is expected (the prediction interval).
+
+        Half-width: t(n - 2) s sqrt(1 + 1/n + (x - x_mean)^2 / spread) (Draper & Smith 1998, Applied Regression
+        Analysis, 1.4). It supposes scatter that is normal, independent and everywhere alike. Two points give no
+        interval.
+        """
+        value = self.y_mean + self.slope * (x - self.x_mean)
+        chance = self._chance(level)
+        if chance is None:
+            return Estimate(value, None, None, self.n, float(self.n))
+        half = chance * math.sqrt(1 + 1 / self.n + (x - self.x_mean) ** 2 / self.spread)
+        return Estimate(value, value - half, value + half, self.n, float(self.n))
+
+    def solve(self, y: float, level: float = 0.95) -> Estimate | None:
+        """Return the x at which a new observation is `y`: where the line reaches it, and the interval around that.
+
+        The bounds are where the edges of `at`'s prediction band cross `y`: Fieller's interval for one new observation
+        (Fieller 1954; Draper & Smith 1998, 3.2, 'inverse regression'). It holds the true x as often as `level` says,
+        and is not symmetric. No interval for two points, and none where the slope cannot be told from zero: the
+        band then never crosses `y` on one side. None where the line is level.
+        """
+        if self.slope == 0:
+            return None
+        rise = y - self.y_mean
+        value = self.x_mean + rise / self.slope
+        chance = self._chance(level)
+        none = Estimate(value, None, None, self.n, float(self.n))
+        if chance is None:
+            return none
+        # (rise - slope u)^2 = chance^2 (1 + 1/n + u^2 / spread), for u = x - x_mean and with g as below
+        g = chance**2 / (self.slope**2 * self.spread)
+        if g >= 1:
+            return none
+        centre = rise / self.slope
+        half = chance / abs(self.slope) * math.sqrt(centre**2 / self.spread + (1 - g) * (1 + 1 / self.n))
+        low, high = (self.x_mean + (centre + sign * half) / (1 - g) for sign in (-1, 1))
+        return Estimate(value, low, high, self.n, float(self.n))
+
+    def _chance(self, level: float) -> float | None:
+        if not 0 < level < 1:
+            raise ValueError("level must lie between 0 and 1")
+        if self.variance is None:
+            return None
+        return float(stdtrit(self.n - 2, (1 + level) / 2)) * math.sqrt(self.variance)
+
+
+def fit_line(x: Numbers, y: Numbers) -> Line | None:
+    """Return the line of least squares through the points, or None where no two of them differ in `x`.
+
+    Raises ValueError for lengths that differ, and for values that are none or not finite.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"points need as many values on both axes, got {len(x)} and {len(y)}")
+    xs, ys = _checked(x), _checked(y)
+    x_mean, y_mean = float(xs.mean()), float(ys.mean())
+    across = xs - x_mean
+    spread = float(across @ across)
+    if spread == 0 or float(xs.min()) == float(xs.max()):  # the mean of equal values may be off by a rounding
+        return None
+    slope = float(across @ (ys - y_mean)) / spread
+    residuals = ys - y_mean - slope * across
+    n = int(xs.size)
+    variance = float(residuals @ residuals) / (n - 2) if n > 2 else None
+    return Line(slope, x_mean, y_mean, spread, variance, n)
+
+
 # --- steady state -----------------------------------------------------------------------------------
 
 _STANDARD_ERRORS = 2.5

@@ -91,3 +91,11 @@ class FailsInBackward(Perceptron):
 
 def _refuse(gradient: torch.Tensor) -> torch.Tensor:
     raise ArithmeticError("no gradient today")
+
+
+class Hungry(Perceptron):
+    """Maps 32 MiB a sample in each forward pass and touches none of it: what a limit on private memory counts."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.scratch = torch.empty(len(images), 2**25, dtype=torch.uint8)
+        return super().forward(images)

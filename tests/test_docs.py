@@ -170,7 +170,7 @@ def test_the_source_makes_notes():
         pytest.param([*PHASES, "other"], id="phases"),
         pytest.param(list(get_args(OutcomeKind)), id="outcomes"),
         pytest.param(sorted(note_codes()), id="notes"),
-        pytest.param(["starting", "build", "warmup", "measure", "epoch", "loader"], id="stages"),
+        pytest.param(["starting", "build", "warmup", "measure", "inspect", "epoch", "loader"], id="stages"),
     ],
 )
 def test_concepts_explains_every_name(names):

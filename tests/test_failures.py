@@ -306,3 +306,39 @@ def test_anything_else_is_its_type_and_first_line():
 
 def test_exception_without_a_message():
     assert classify(AssertionError()).message == "AssertionError"
+
+
+# --- determinism ------------------------------------------------------------------------------------
+
+
+def test_an_operation_without_a_deterministic_version_is_named():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    outcome = classify(caught.value, "forward")
+    assert (outcome.kind, outcome.phase) == ("nondeterministic", "forward")
+    assert "put_" in (outcome.message or "")
+    assert "--deterministic-algorithms off" in (outcome.hint or "")
+
+
+def test_cublas_without_its_workspace_is_nondeterministic():
+    text = (
+        "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+        "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses "
+        "CuBLAS and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment "
+        "variable before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8"
+    )
+    assert classify(RuntimeError(text)).kind == "nondeterministic"
+
+
+@pytest.mark.parametrize(("deterministic", "kind"), [(True, "nondeterministic"), (False, "error")])
+def test_cudnn_without_an_algorithm_is_nondeterministic_where_that_was_asked(monkeypatch, deterministic, kind):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    outcome = classify(error, "backward")
+    assert outcome.kind == kind
+    assert (outcome.hint is not None) is deterministic

@@ -107,6 +107,11 @@ class FakeDevice:
     def intervals_ns(self) -> list[int]:
         return [1000] * max(0, self.recorded - 1)
 
+    passed_ns = intervals_ns
+
+    def stamp(self) -> int:
+        return self.recorded
+
     def span_ns(self, first: int, last: int) -> int:
         return 1000 * (last - first)
 

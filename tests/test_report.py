@@ -9,7 +9,9 @@ import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
+from synthetic import GOLDEN, cuda_result
 
+from bsprof import store
 from bsprof.metrics import summarise
 from bsprof.model import (
     AXES,
@@ -20,11 +22,14 @@ from bsprof.model import (
     Counters,
     Environment,
     Facts,
+    Hotspot,
     Measurement,
+    Memory,
     Note,
     Outcome,
     OutcomeKind,
     Plan,
+    Profile,
     Result,
     Samples,
     Settings,
@@ -368,6 +373,159 @@ def test_catalogue_is_grouped_by_kind():
     assert re.search(r"^model\n  resnet20 +CIFAR form\n  vgg19_bn +CIFAR form\n\ndata\n  jpeg", text)
 
 
+# --- what the device did ----------------------------------------------------------------------------------
+
+
+def profiled_on_cpu():
+    """A case with a profile of operators, as a CPU gives it, and nothing else beside its steps."""
+    profile = Profile(
+        steps=5,
+        wall_ns=1,
+        phase_ns={},
+        operators_ns=400_000_000,
+        operators=(Hotspot(name="aten::mkldnn_convolution", calls=10, ns=100_000_000),),
+    )
+    taken = samples(np.random.default_rng(13), 8, 0.1)
+    return result([measurement(settings(batch_size=8), taken, profile=profile)])
+
+
+def changed(one, index=None, **fields):
+    """A result with fields of its measurements replaced: of one of them, or of all."""
+    measurements = [
+        msgspec.structs.replace(measured, **fields) if index in (None, place) else measured
+        for place, measured in enumerate(one.measurements)
+    ]
+    return msgspec.structs.replace(one, measurements=measurements)
+
+
+def device_block(one, width=200):
+    text = text_of(one, width)
+    return text[text.index("What the device did") :]
+
+
+def test_the_golden_cuda_result_is_what_its_generator_makes_and_says_that_it_is_made_up():
+    golden = store.load(GOLDEN)
+    assert golden == cuda_result()
+    assert "synthetic" in golden.environment.host and "never measured" in golden.environment.host
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160, 200])
+def test_the_devices_tables_fit_and_lose_no_column(width):
+    text = text_of(cuda_result(), width)
+    assert max(map(len, text.splitlines())) <= width
+    for header in (
+        "busy",
+        "launch-bound",
+        "launches",
+        "overlap ms",
+        "peak GiB",
+        "reserved GiB",
+        "frag",
+        "power W",
+        "SM MHz",
+        "J/step",
+        "mJ/sample",
+        "MFU",
+        "ceiling",
+        "host ms",
+        "alone ms",
+        "has paid after",
+    ):
+        assert re.search(rf"(^|  ){re.escape(header)}(  |$)", text, re.M), header
+
+
+def test_each_case_shows_how_busy_it_was_and_where_it_waited_for_launches():
+    block = device_block(cuda_result())
+    assert re.search(r"^ +32 +off +28% +step +930 ", block, re.M)
+    assert re.search(r"^ +256 +on +91% +optimizer +910 .* 28% compute$", block, re.M)
+    assert re.search(r"^ +optimizer .* 25% +launch-bound", block, re.M)
+
+
+def test_energy_that_cannot_be_resolved_is_a_dash_with_its_reason():
+    block = device_block(cuda_result())
+    assert re.search(rf"^ +64 +on .* {figures.MISSING} +{figures.MISSING} ", block, re.M)
+    assert "no energy: 4 updates of the energy counter in the timed window; 10 are needed" in block
+
+
+def test_the_fastest_cases_kernels_and_copies_are_shown_with_their_rates():
+    block = device_block(cuda_result())
+    assert "Costliest kernels of batch 256, bench on" in block
+    assert re.search(r"^ +31% +4\.44 +52 +sm90_xmma_fprop", block, re.M)
+    assert "HtoD pinned 768 µs a step at 48.0 GB/s, 96% of the rate measured here · DtoD" in block
+
+
+def test_two_cases_both_show_their_phases():
+    both = msgspec.structs.replace(cuda_result(), measurements=cuda_result().measurements[:2])
+    assert re.findall(r"^Phases of (.*)$", text_of(both), re.M) == ["bench off", "bench on"]
+
+
+def test_the_search_is_told_with_its_pay_back():
+    block = device_block(cuda_result())
+    assert re.search(r"^ +32 .* never: no sure gain$", block, re.M)
+    assert re.search(r"^ +256 +18.14 +16.64 +1.50 ms +1.75 s +\d+ steps$", block, re.M)
+
+
+def test_memory_of_a_larger_batch_is_estimated_with_its_interval():
+    block = flat(device_block(cuda_result()))
+    assert re.search(
+        r"bench on: 38\.\d MiB a sample; batch 512 would take 19\.\d GiB \(.*? to .*?\); 79.0 GiB would hold", block
+    )
+
+
+def test_switches_that_were_not_in_force_are_told_and_so_are_those_that_were():
+    whole = cuda_result()
+    assert "--cudnn-benchmark: in force as asked, read back in all 8 cases" in device_block(whole)
+    facts = whole.measurements[0].facts
+    ignored = msgspec.structs.replace(facts, backends=msgspec.structs.replace(facts.backends, cudnn_benchmark=True))
+    block = device_block(changed(whole, 0, facts=ignored))
+    assert "! --cudnn-benchmark: asked off, in force on (batch 32, bench off)" in block
+    assert "in force as asked" not in block
+
+
+@pytest.mark.parametrize(
+    ("field", "absent"),
+    [
+        ("profile", ["busy", "launches", "launch-bound", "Costliest", "copies:"]),
+        ("memory", ["peak", "reserved", "frag", "Memory by batch size"]),
+        ("telemetry", ["power W", "SM MHz", "J/step", "no energy"]),
+        ("serialised", ["overlap", "alone"]),
+    ],
+)
+def test_what_was_not_captured_has_no_column(field, absent):
+    block = device_block(changed(cuda_result(), **{field: None}))
+    tables = block[: block.index("synthetic CPU")]
+    assert [word for word in absent if word in tables] == []
+
+
+def test_a_device_of_which_nothing_was_captured_has_no_block_at_all():
+    bare = changed(cuda_result(), profile=None, memory=None, telemetry=None, serialised=None)
+    text = text_of(msgspec.structs.replace(bare, ceilings=None))
+    assert "What the device did" not in text and not re.search("^Phases", text, re.M)
+
+
+def test_a_cpu_shows_the_shares_of_operators_and_nothing_of_a_device(sweep):
+    text = text_of(profiled_on_cpu())
+    assert re.search(r"^ +25% +20\.0 +2 +aten::mkldnn_convolution$", text, re.M)
+    assert not re.search("^(What the|Phases)", text, re.M)
+    assert not any(word in text for word in ("busy", "launch", "copies"))
+    assert "Costliest" not in text_of(sweep)
+
+
+def test_memory_of_a_cpu_is_called_resident():
+    rng = np.random.default_rng(14)
+    held = Memory(pool="host", allocated_peak=3 << 30)
+    text = text_of(result([measurement(settings(batch_size=8), samples(rng, 8, 0.01), memory=held)]))
+    assert "What the machine did" in text and "most memory resident" in text and "3.00" in text
+
+
+def test_the_names_of_kernels_cannot_steer_a_terminal():
+    whole = cuda_result()
+    profile = whole.measurements[7].profile
+    odd = msgspec.structs.replace(profile, kernels=(Hotspot(name="evil\x1b[2Jkernel", calls=1, ns=1000),))
+    text = text_of(changed(whole, profile=odd))
+    assert "\x1b" not in text and "kernel" in text
+
+
 # --- words ----------------------------------------------------------------------------------------------
 
 
@@ -459,6 +617,51 @@ def test_words_of_a_device_say_how_much_of_the_wait_is_hidden():
     text = told(gpu_result())
     assert "moderately input-bound" in text and "hidden behind the device's queue" in text
     assert "between 3 processes" in text
+
+
+def test_words_say_that_the_fastest_case_waits_for_launches_and_what_would_help():
+    small = msgspec.structs.replace(cuda_result(), measurements=cuda_result().measurements[:1])
+    text = told(small)
+    assert "It is launch-bound: kernels run for 27% of the time that the computing phases take" in text
+    assert "`--batch-size 64` (the same launches would do twice the work)" in text and "`--compile on`" in text
+    assert "CUDA graphs" in text and "bound by backward" not in text
+
+
+def test_words_of_a_busy_device_name_its_ceiling_its_energy_and_what_computes_faster():
+    text = told(cuda_result())
+    assert "It is bound by backward" in text and "Launch-bound in part" in text and "optimizer (busy for 25%)" in text
+    assert "Nearest of the ceilings measured is compute (matrix tf32), which asks for 28% of the step at least." in text
+    assert "It takes 6.75 J a step, 26.4 mJ a sample" in text and "the least a sample is 21.8 mJ, in batch 128" in text
+    assert "`--amp bf16`" in text and "`--channels-last on`" in text and "`--compile on`" not in text
+
+
+def test_words_say_what_telemetry_itself_cost():
+    assert "telemetry takes 0.53% of one core at most" in told(cuda_result())
+
+
+def test_words_do_not_advise_what_was_tried():
+    whole = cuda_result()
+    last = whole.measurements[7]
+    tried = msgspec.structs.replace(last.case.settings, amp="bf16")
+    case = Case(key=case_key(tried), settings=tried)
+    failed = Measurement(case=case, outcome=OOM, wall_s=1.0)
+    assert "--amp bf16" not in told(msgspec.structs.replace(whole, measurements=[last, failed])).replace(
+        OOM.hint or "", ""
+    )
+
+
+def test_words_say_when_clocks_were_held_back():
+    note = Note(code="gpu_throttled_power", text="the power limit held clocks back in 40% of the samples")
+    text = told(changed(cuda_result(), 7, notes=(note,)))
+    assert "held back by its power limit in 1 of 8 cases (batch 256, bench on)" in text
+
+
+def test_words_call_a_step_that_mostly_copies_bound_by_copying():
+    weights = {"data": 0.01, "h2d": 0.6, "forward": 0.2, "backward": 0.1, "optimizer": 0.05}
+    taken = samples(np.random.default_rng(15), 64, 0.01, weights, device_data=1.0)
+    one = result([measurement(Settings(batch_size=64, pin_memory=False), taken, device="cuda:0")])
+    text = told(one)
+    assert "bound by copying batches to the device: 6" in text and "`--pin-memory on`" in text
 
 
 def test_words_of_a_users_own_loop_and_of_no_samples():
@@ -562,12 +765,14 @@ def test_concepts_name_every_axis_phase_outcome_and_column(sweep):
         assert f"| `--{name.replace('_', '-')}` |" in text
     for name in (*PHASES, *typing.get_args(OutcomeKind), "other"):
         assert f"| `{name}` |" in text
-    tables = [line for one in (sweep, gpu_result()) for line in text_of(one, 200).splitlines() if line.strip()]
+    results = (sweep, gpu_result(), cuda_result(), profiled_on_cpu())
+    tables = [line for one in results for line in text_of(one, 200).splitlines() if line.strip()]
     headers = [tables[i - 1] for i, line in enumerate(tables) if set(line.strip()) == {"─"}]
-    assert len(headers) == 4
-    columns = {re.sub(r" (ms|µs|s)$", "", header) for line in headers for header in re.split(r" {2,}", line.strip())}
+    assert len(headers) == 4 + 6 + 3
+    names = {header for line in headers for header in re.split(r" {2,}", line.strip())}
+    columns = {re.sub(r" (ms|µs|s|GiB|MiB|KiB)$", "", name).replace("µs/step", "ms/step") for name in names}
     axes = {axis.info.column for axis in AXES.values()}
-    for column in columns - axes - set(PHASES):
+    for column in columns - axes - {*PHASES, "case", ""}:
         assert f"| {column} |" in text, column
 
 
@@ -580,3 +785,9 @@ def test_pictures_in_concepts_exist():
 
 def test_summaries_are_shared_between_table_and_words(sweep):
     assert summary(sweep, summarise(sweep)) == summary(sweep)
+
+
+def test_a_sweep_of_nothing_but_failures_shows_no_phases_of_any():
+    whole = cuda_result()
+    text = text_of(changed(whole, outcome=Outcome(kind="timeout", message="past its deadline")))
+    assert "Phases of" not in text and "Costliest" not in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -113,3 +113,87 @@ def test_time_that_no_phase_has_is_found_out(monkeypatch):
     checks = run()
     assert not any(check.passed for check in checks.values())
     assert all(check.residual_ns >= 1_000_000 for check in checks.values())
+
+
+# --- on a device's own clock ------------------------------------------------------------------------
+
+
+class Queue:
+    """A device that is never idle: its time moves only by the work that it is given."""
+
+    def __init__(self, rate: float = 1.0) -> None:
+        self.now = 0
+        self.rate = rate
+        """Nanoseconds that the device takes for one that it is asked for."""
+
+    def sleep(self, nanoseconds: int) -> None:
+        self.now += round(nanoseconds * self.rate)
+
+    def make_clock(self, device: torch.device) -> QueueClock:
+        return QueueClock(self)
+
+    def make_sleep(self, device: torch.device, events: object) -> selftest.Sleep:
+        return self.sleep
+
+    def checks(self) -> dict[str, Check]:
+        checks = selftest.run_on_device(
+            lambda *_: None, torch.device("cpu"), make_clock=self.make_clock, make_sleep=self.make_sleep
+        )
+        return {check.phase: check for check in checks}
+
+
+class QueueClock:
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.times: list[int] = []
+        self.stamps: list[int] = []
+
+    def reserve(self, boundaries: int) -> None: ...
+
+    def record(self) -> None:
+        self.times.append(self.queue.now)
+
+    def passed_ns(self) -> list[int]:
+        return [b - a for a, b in pairwise(self.times)]
+
+    intervals_ns = passed_ns
+
+    def stamp(self) -> int:
+        self.stamps.append(self.queue.now)
+        return len(self.stamps) - 1
+
+    def span_ns(self, first: int, last: int) -> int:
+        return self.stamps[last] - self.stamps[first]
+
+
+def test_delays_on_the_device_come_back_on_its_clock():
+    checks = Queue().checks()
+    assert list(checks) == list(PHASES)
+    for check in checks.values():
+        assert (check.clock, check.passed) == ("device", True)
+        assert (check.found_ns, check.leaked_ns, check.residual_ns) == (selftest.DELAY_NS, 0, 0)
+
+
+def test_a_device_clock_that_is_off_is_found_out():
+    assert not any(check.passed for check in Queue(rate=1.1).checks().values())
+
+
+def test_marks_that_are_swapped_on_the_device_are_found_out(monkeypatch):
+    monkeypatch.setattr(selftest, "run_block", run_swapped)
+    checks = Queue().checks()
+    assert [phase for phase, check in checks.items() if not check.passed] == ["forward", "backward"]
+
+
+def test_a_machine_with_one_clock_has_nothing_to_check_on_a_device():
+    assert selftest.run_on_device(lambda *_: None, torch.device("cpu")) == []
+
+
+def test_a_cuda_sleep_is_counted_against_events(monkeypatch):
+    queue = Queue(rate=0.5)  # 2 cycles a nanosecond
+    monkeypatch.setattr(torch.cuda, "_sleep", queue.sleep)
+    sleep = selftest.cuda_sleep(torch.device("cuda"), QueueClock(queue))
+    assert sleep is not None
+    before = queue.now
+    sleep(3_000_000)
+    assert queue.now - before == 3_000_000
+    assert selftest.cuda_sleep(torch.device("mps"), QueueClock(queue)) is None

@@ -29,6 +29,8 @@ class FakeDevice:
         self.times = times
         self.recorded = 0
         self.reserved = 0
+        self.passed = 0
+        """Boundaries that lie behind the device already."""
 
     def reserve(self, boundaries: int) -> None:
         self.reserved = max(self.reserved, self.recorded + boundaries)
@@ -38,6 +40,12 @@ class FakeDevice:
 
     def intervals_ns(self) -> list[int]:
         return [b - a for a, b in pairwise(self.times[: self.recorded])]
+
+    def passed_ns(self) -> list[int]:
+        return [b - a for a, b in pairwise(self.times[: self.passed])]
+
+    def stamp(self) -> int:
+        return self.recorded
 
     def span_ns(self, first: int, last: int) -> int:
         return self.times[last] - self.times[first]
@@ -93,8 +101,21 @@ def test_the_device_has_its_own_truth():
     steps = tape.device_steps()
     assert steps is not None
     assert steps.phase_ns == {"data": [3], "forward": [47], "backward": [50]}
-    assert tape.device_span_ns(0, 3) == sum(steps.step_ns) == 100
     assert device.reserved >= 4
+
+
+def test_reading_what_has_passed_leaves_the_step_that_runs_out():
+    device = FakeDevice([10, 20, 40, 70, 170, 180, 200, 230, 1000])
+    tape = Tape(device_clock=device)
+    for phases in (("data", "forward", "data", "forward"), ("data", "forward", "data")):
+        tape.begin()
+        for phase in phases:
+            tape.mark(phase)
+    read = []
+    for device.passed in range(10):
+        read.append(tape.passed_step_ns())
+    # What lies between two chains belongs to no step, and the step begun last may go on.
+    assert read == [[]] * 4 + [[30]] * 3 + [[30, 130]] * 2 + [[30, 130, 50]]
 
 
 def test_one_clock_has_no_device_steps():
@@ -102,7 +123,7 @@ def test_one_clock_has_no_device_steps():
     tape.begin()
     tape.mark("data")
     assert tape.device_steps() is None
-    assert tape.device_span_ns(0, 1) is None
+    assert tape.passed_step_ns() is None
 
 
 def test_reads_on_from_where_a_block_began():
@@ -159,31 +180,87 @@ def test_event_clock_takes_intervals_between_neighbours(monkeypatch):
 
     from bsprof.measure import clock
 
-    made: list[FakeEvent] = []
-
     class FakeEvent:
+        """Passes when the device has come as far: `done` is the device's time, which each record puts off by one."""
+
+        made = 0
+        recorded = 0
+        done = 0.0
+
         def __init__(self, device: torch.device, enable_timing: bool) -> None:
             assert enable_timing
-            made.append(self)
-            self.waited = False
+            FakeEvent.made += 1
 
         def record(self) -> None:
-            self.at_ms = float(made.index(self)) ** 2
+            FakeEvent.recorded += 1
+            self.at_ms = float(FakeEvent.recorded) ** 2
+
+        def query(self) -> bool:
+            return self.at_ms <= FakeEvent.done
 
         def synchronize(self) -> None:
-            self.waited = True
+            FakeEvent.done = max(FakeEvent.done, self.at_ms)
 
         def elapsed_time(self, other: FakeEvent) -> float:
+            assert self.query() and other.query(), "not ready"
             return other.at_ms - self.at_ms
 
     monkeypatch.setattr(clock.torch, "Event", FakeEvent)
     events = clock.EventClock(torch.device("cuda"))
+    events.reserve(clock.POOL)
+    pool = FakeEvent.made
+    assert FakeEvent.recorded == pool  # the driver makes an event at its first record, and that is not a boundary
+    first = events.stamp()
     for _ in range(5):
         events.record()
-    assert not any(event.waited for event in made)
-    assert events.intervals_ns() == [1_000_000, 3_000_000, 5_000_000, 7_000_000]
-    assert [event.waited for event in made].count(True) == 1
-    assert events.span_ns(1, 4) == 15_000_000
+    last = events.stamp()
+    assert FakeEvent.done == 0.0
+    assert events.passed_ns() == []
+    at = [(pool + 3 + i) ** 2 for i in range(5)]
+    FakeEvent.done = at[2]
+    assert events.passed_ns() == [(b - a) * 1_000_000 for a, b in pairwise(at[:3])]
+    assert events.intervals_ns() == [(b - a) * 1_000_000 for a, b in pairwise(at)]
+    assert events.span_ns(first, last) == ((pool + 9) ** 2 - (pool + 2) ** 2) * 1_000_000
+    assert FakeEvent.made == pool + 2
+
+
+def test_a_loop_of_any_length_takes_a_bounded_number_of_events(monkeypatch):
+    import torch
+
+    from bsprof.measure import clock
+
+    made = []
+
+    class Passing:
+        def __init__(self, device: torch.device, enable_timing: bool) -> None:
+            made.append(self)
+
+        def record(self) -> None:
+            self.number = next(numbers)
+
+        def query(self) -> bool:
+            return self.number < behind()
+
+        def synchronize(self) -> None:
+            self.query = lambda: True
+
+        def elapsed_time(self, other: Passing) -> float:
+            assert self.number < other.number
+            return 1.0
+
+    numbers = count()
+    newest = [0]
+
+    def behind() -> int:
+        return newest[0] - 40
+
+    monkeypatch.setattr(clock.torch, "Event", Passing)
+    events = clock.EventClock(torch.device("cuda"))
+    for _ in range(10_000):
+        events.record()
+        newest[0] = next(numbers)
+    assert len(made) <= 3 * clock.POOL
+    assert 10_000 - 3 * clock.POOL < len(events.passed_ns()) < 10_000
 
 
 @pytest.mark.parametrize("marks", [0, 1, 7])

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import torch
 
 from bsprof import cgroup, stats
-from bsprof.measure import malloc
-from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device
+from bsprof.measure import backends, flops, malloc, memory, profiling, telemetry
+from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device, wait_for
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
-from bsprof.measure.loop import Training, run_block, running_phase
+from bsprof.measure.loop import Stage, Training, run_block, run_serialised, running_phase
 from bsprof.measure.tape import Tape, cost_per_step_ns
 from bsprof.model import (
     Block,
@@ -26,12 +30,16 @@ from bsprof.model import (
     Counters,
     Facts,
     Measurement,
+    Memory,
     Note,
     Outcome,
     Plan,
+    Profile,
     Samples,
+    Serialised,
     Settings,
     Startup,
+    Telemetry,
 )
 from bsprof.workloads.loading import build_loader
 from bsprof.workloads.registry import Data, DataRequest, build_data, build_model
@@ -50,6 +58,10 @@ LARGEST_BLOCK = 1000
 """Steps."""
 LEAD_IN = 3
 """Steps that fill an accelerator's queue again after the last synchronisation of the warm-up."""
+MEMORY_STEPS = 3
+"""The caching allocator asks the driver for nothing new after a few steps."""
+INSPECTION_SHARE = 0.25
+"""What is looked at after the timed window may take this share of `max_case_time_s`."""
 EPOCH_SHARE = 0.1
 """A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
@@ -73,12 +85,15 @@ def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
     )
 
 
-def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit) -> Measurement:
+def measure(
+    case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit, trace: Path | None = None
+) -> Measurement:
     """Measure `case` in this process and return what came of it; a failure is an outcome, never an exception.
 
     `requested_ns` is the parent's reading of the host clock when it asked for this process. The parent adds `wall_s`.
+    The profiler's trace is kept in the file `trace`, if one is named.
     """
-    run = CaseRun(case, plan, cache, emit)
+    run = CaseRun(case, plan, cache, emit, trace)
     entered_ns = host_clock()
     outcome = Outcome(kind="ok")
     kills_before = cgroup.oom_kills() or 0
@@ -104,6 +119,10 @@ def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emi
         facts=run.facts,
         startup=startup,
         samples=samples,
+        serialised=run.serialised,
+        memory=run.memory,
+        profile=run.profile,
+        telemetry=run.telemetry,
         notes=tuple(run.notes),
     )
 
@@ -111,8 +130,9 @@ def measure(case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emi
 class CaseRun:
     """The state of one case while it is measured. What is known survives a failure in a later stage."""
 
-    def __init__(self, case: Case, plan: Plan, cache: Path, emit: Emit) -> None:
+    def __init__(self, case: Case, plan: Plan, cache: Path, emit: Emit, trace: Path | None) -> None:
         assert case.settings is not None
+        self.trace = trace
         self.settings, self.plan, self.cache, self.emit = case.settings, plan, cache, emit
         self.seed = plan.seed + case.process
         self.stage = "build"
@@ -123,20 +143,34 @@ class CaseRun:
         self._data: Data | None = None
         self._device = present_device()
         self._device_clock: DeviceClock | None = device_clock(self._device)
+        self._on_device = self._device.type != "cpu" or self._device_clock is not None
         self._tape = Tape(device_clock=self._device_clock)
         self._blocks: list[Block] = []
-        self._block_bounds: list[tuple[int, int]] = []
+        self._block_stamps: list[tuple[int, int]] = []
         self._warmup_ns: list[int] = []
         self._steady = True
         self._step_ns: list[int] = []
+        self._timed: Samples | None = None
+        self._memory = memory.watch(self._device)
+        self._sampler: telemetry.TelemetrySampler | None = None
+        self._recording = Path(tempfile.gettempdir(), f"bsprof-telemetry-{os.getpid()}.jsonl")
+        self._stages: tuple[Stage, ...] = ()
+        self.serialised: Serialised | None = None
+        self.profile: Profile | None = None
+        self.telemetry: Telemetry | None = None
         self._epoch_marks: list[int] = []
         self._counters: Counters | None = None
         self._marking = False
 
     @property
-    def stages(self) -> tuple[tuple[str, Callable[[], None]], ...]:
-        """The stages of the step, once they are built."""
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the step, once they are built; `_stages` are the same with what is run around them."""
         return self._training.stages if self._training else ()
+
+    @property
+    def memory(self) -> Memory | None:
+        """What the training held."""
+        return self._memory.memory()
 
     @property
     def training(self) -> Training:
@@ -150,20 +184,31 @@ class CaseRun:
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (self.plan.host_memory_bytes, hard))
         with self._stage("build"):
+            if self.plan.largest_batch is not None:
+                memory.withhold(self._device, self.plan.largest_batch.margin)
             self._build()
         try:
             with self._stage("warmup"):
+                if self.plan.telemetry_hz:
+                    self._sampler = telemetry.record(self._device, self.plan.telemetry_hz, self._recording)
                 self._start()
                 end_ns = entered_ns + self._warmup_ns[0] + round(self.plan.stop.max_case_time_s * 1e9)
                 self._warm_up(host_clock() + round((end_ns - host_clock()) * WARMUP_SHARE))
             with self._stage("measure"):
                 self._measure(end_ns)
+                self._timed = self._read()
+            with self._stage("inspect"):
+                self._inspect()
             self.training.stop()
             with self._stage("epoch"):
                 self._price_epochs()
         except (OSError, EOFError):
             _blame_a_worker()
             raise
+        finally:
+            if self._sampler:
+                self._sampler.close()
+            self._recording.unlink(missing_ok=True)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -176,10 +221,7 @@ class CaseRun:
         start = host_clock()
         malloc_state = malloc.pin() if self.plan.malloc == "pinned" else "default"
         torch.set_num_threads(settings.threads or cores_of_this_process())
-        if settings.cudnn_benchmark is not None:
-            torch.backends.cudnn.benchmark = settings.cudnn_benchmark
-        if settings.cudnn_deterministic is not None:
-            torch.backends.cudnn.deterministic = settings.cudnn_deterministic
+        backends.configure(settings)
         torch.manual_seed(self.seed)
         data = build_data(settings.data, data_request(settings, self.plan, self.cache))
         model = build_model(settings.model, classes=data.classes, shape=data.shape, seed=self.seed)
@@ -189,6 +231,7 @@ class CaseRun:
         model.train()
         loader = build_loader(data, settings, seed=self.seed)
         self._training = Training(model, loader, _optimizer(settings, model), settings, self._device)
+        self._stages = profiling.ranged(self.stages, self._device) if self.plan.nvtx else self.stages
         self._training.on_epoch_end = self._epoch_ended
         self._data = data
         samples = len(data.dataset) if hasattr(data.dataset, "__len__") else None
@@ -200,8 +243,15 @@ class CaseRun:
             samples_in_dataset=samples,
             classes=data.classes,
             malloc=malloc_state,
+            dtype=backends.compute_dtype(model, settings.amp, self._device),
+            clock="host" if self._device_clock is None else "host and device",
         )
         self.startup = msgspec.structs.replace(self.startup, build_ns=host_clock() - start)
+        if self._on_device and self._device_clock is None:
+            self._note(
+                "no_device_clock",
+                f"{self._device.type} has no timing events here: phases are host times, and the device may lag behind",
+            )
         if samples is not None and samples < settings.batch_size:
             self._note("small_dataset", f"a batch of {settings.batch_size} repeats the {samples} samples there are")
 
@@ -210,7 +260,7 @@ class CaseRun:
         before = host_clock()
         self.training.start()
         started = host_clock()
-        (_, fetch), *rest = self.training.stages
+        (_, fetch), *rest = self._stages
         fetch()
         fetched = host_clock()
         for _, run in rest:
@@ -230,7 +280,7 @@ class CaseRun:
         scratch = Tape(device_clock=self._device_clock and device_clock(self._device))
         while True:
             start = host_clock()
-            run_block(self.training.stages, 1, scratch)
+            run_block(self._stages, 1, scratch)
             self._settle()
             now = host_clock()
             self._warmup_ns.append(now - start)
@@ -243,23 +293,28 @@ class CaseRun:
                 self._steady = False
                 self._note("no_steady_state", f"{len(self._warmup_ns)} warm-up steps and still not steady")
                 break
-        if self._device.type != "cpu":
-            run_block(self.training.stages, LEAD_IN, None)
+        if self._on_device:
+            run_block(self._stages, LEAD_IN, None)
 
     def _measure(self, end_ns: int) -> None:
         """Alternate blocks with and without marks, the order swapped from pair to pair, until precise or late."""
         stop = self.plan.stop
+        end_ns -= self._inspection_ns()
         size = self._block_size(end_ns)
+        self._memory.begin()
         window = CounterWindow()
+        begin_ns = host_clock()
         pair = 0
         while True:
             size = min(size, stop.max_steps - len(self._step_ns))
             for kind in ("instrumented", "bare") if pair % 2 == 0 else ("bare", "instrumented"):
                 self._run_block(kind, size)
             pair += 1
-            precision = stats.median(self._step_ns).precision
-            self.emit("measure", len(self._step_ns), precision)
+            # Where the device has a clock the step is the device's; what has passed by now tells without waiting.
+            seen = self._step_ns if self._device_clock is None else self._tape.passed_step_ns()
+            precision = stats.median(seen).precision if seen else None
             steps = len(self._step_ns)
+            self.emit("measure", steps, precision)
             precise = precision is not None and precision <= stop.precision and steps >= stop.min_steps and pair >= 2
             if precise:
                 break
@@ -268,6 +323,13 @@ class CaseRun:
                 self._note("precision_not_reached", f"{reached} after {steps} steps; asked for ±{stop.precision:.1%}")
                 break
         window.close()
+        self._memory.end()
+        self._settle()
+        self._read_telemetry(begin_ns, host_clock())
+        assert self.facts is not None
+        self.facts = msgspec.structs.replace(
+            self.facts, backends=backends.in_force(), batch_bytes=self.training.batch_bytes()
+        )
         self._counters = window.counters()
         self.notes.extend(window.notes())
         loss = self.training.loss()
@@ -275,26 +337,23 @@ class CaseRun:
             self._note("loss_not_finite", f"the loss was {loss} at the end")
 
     def _run_block(self, kind: str, size: int) -> None:
-        first = len(self._tape)
+        first, events = len(self._tape), self._device_clock
+        self._tape.reserve(size * len(self.stages) + 1)
+        before = events.stamp() if events else 0
         if kind == "instrumented":
             self._marking = True
-            block = run_block(self.training.stages, size, self._tape)
+            block = run_block(self._stages, size, self._tape)
             self._marking = False
             self._step_ns.extend(self._tape.host_steps(first + 1).step_ns)
         else:
-            if self._device_clock is not None:
-                self._tape.begin()
-            block = run_block(self.training.stages, size, None)
-            if self._device_clock is not None:
-                self._tape.begin()
+            block = run_block(self._stages, size, None)
+        if events:
+            self._block_stamps.append((before, events.stamp()))
         self._blocks.append(block)
-        self._block_bounds.append((first, len(self._tape) - 1))
 
     def _block_size(self, end_ns: int) -> int:
         """Return steps a block: a small share of the time left, whole rounds of the workers where they fit."""
-        recent = sorted(self._warmup_ns[-SMALLEST_WINDOW:])
-        step_ns = max(1, recent[len(recent) // 2])
-        size = round((end_ns - host_clock()) * BLOCK_SHARE / step_ns)
+        size = round((end_ns - host_clock()) * BLOCK_SHARE / self._recent_step_ns())
         size = min(LARGEST_BLOCK, max(1, size), max(1, self.plan.stop.max_steps // 4))
         workers = max(1, self.settings.workers)
         whole_rounds = -(-size // workers) * workers
@@ -325,17 +384,85 @@ class CaseRun:
             starts.append(host_clock() - ended)
         self.startup = msgspec.structs.replace(self.startup, epoch_end_ns=ends, epoch_start_ns=starts)
 
+    def _read_telemetry(self, begin_ns: int, end_ns: int) -> None:
+        """End the sampling and keep what it saw from `begin_ns` to `end_ns` of the host's clock."""
+        if self._sampler is None:
+            return
+        own = [os.getpid(), self._sampler.pid, *(child.pid for child in multiprocessing.active_children())]
+        self._sampler.close()
+        self.telemetry, notes = telemetry.summarise(
+            telemetry.read(self._recording),
+            begin_ns=begin_ns,
+            end_ns=end_ns,
+            steps=sum(block.steps for block in self._blocks),
+            own_pids=[pid for pid in own if pid is not None],
+        )
+        self.notes.extend(notes)
+
+    def _looks(self) -> list[tuple[str, int, Callable[[int], None]]]:
+        """Return what is looked at after the timed window: its name, the steps that it asks for, and the look."""
+        plan = self.plan
+        looks: list[tuple[str, int, Callable[[int], None]]] = []
+        if self._on_device and plan.serialised_steps:
+            looks.append(("memory by phase", MEMORY_STEPS, partial(self._memory.measure_phases, self.stages)))
+            looks.append(("serialised window", plan.serialised_steps, self._serialise))
+        if plan.profile_steps:
+            looks.append(("FLOPs", 1, self._count_flops))
+            looks.append(("profiler window", plan.profile_steps, self._profile))  # last: it stays attached to CUDA
+        return looks
+
+    def _recent_step_ns(self) -> int:
+        recent = sorted(self._warmup_ns[-SMALLEST_WINDOW:])
+        return max(1, recent[len(recent) // 2])
+
+    def _inspection_ns(self) -> int:
+        """Return the time to leave for what is looked at after the timed window."""
+        wanted = sum(steps + 1 for _, steps, _ in self._looks()) * self._recent_step_ns()
+        return min(wanted, round(self.plan.stop.max_case_time_s * 1e9 * INSPECTION_SHARE))
+
+    def _inspect(self) -> None:
+        """Learn what would have distorted the timed window. What fails here costs a note, never the timed result.
+
+        Where the steps asked for take longer than the time left for them, fewer are taken, of each look one at least.
+        """
+        looks = self._looks()
+        wanted_ns = max(1, sum(steps + 1 for _, steps, _ in looks) * self._recent_step_ns())
+        fits = min(1.0, self._inspection_ns() / wanted_ns)
+        for name, steps, look in looks:
+            try:
+                look(max(1, round(steps * fits)))
+            except Exception as error:
+                self._note("inspection_failed", f"{name}: {classify(error, 'inspect').message}")
+
+    def _serialise(self, steps: int) -> None:
+        self.serialised = run_serialised(self._stages, steps, self._settle)
+
+    def _count_flops(self, steps: int) -> None:
+        assert self.facts is not None
+        self.facts = msgspec.structs.replace(self.facts, flops_per_step=flops.count(self.stages))
+
+    def _profile(self, steps: int) -> None:
+        self.profile = profiling.profile(self.stages, steps, self._device, self.trace)
+        if note := profiling.untraced(self.profile, self._device):
+            self.notes.append(note)
+
     def samples(self) -> Samples | None:
         """Return what was sampled, or None when no instrumented block was finished."""
+        return self._timed or self._read()
+
+    def _read(self) -> Samples | None:
+        """Read both clocks; waits for the device, so never inside a window."""
         if not self._step_ns:
             return None
         host = self._tape.host_steps()
         device = self._tape.device_steps()
         complete = len(self._step_ns)
-        blocks = [
-            msgspec.structs.replace(block, device_wall_ns=self._tape.device_span_ns(*bounds))
-            for block, bounds in zip(self._blocks, self._block_bounds, strict=True)
-        ]
+        blocks = self._blocks
+        if events := self._device_clock:
+            spans = [events.span_ns(*stamps) for stamps in self._block_stamps]
+            blocks = [
+                msgspec.structs.replace(block, device_wall_ns=span) for block, span in zip(blocks, spans, strict=True)
+            ]
         return Samples(
             batch_size=self.settings.batch_size,
             step_ns=host.step_ns[:complete],
@@ -356,9 +483,8 @@ class CaseRun:
             self._epoch_marks.append(len(self._tape))
 
     def _settle(self) -> None:
-        """Wait for the device, in the warm-up only: a cold step's whole cost is what is asked there."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize()
+        """Wait for the device: in the warm-up, where a cold step's whole cost is asked, and after the timed window."""
+        wait_for(self._device)
 
     def _note(self, code: str, text: str) -> None:
         self.notes.append(Note(code=code, text=text))

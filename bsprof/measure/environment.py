@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from bsprof import cgroup
+from bsprof.measure import nvml
 from bsprof.model import Accelerator, Environment
 
 _VARIABLES = (
@@ -75,7 +76,7 @@ def collect(directory: Path) -> Environment:
         memory_limit_bytes=cgroup.memory_limit(),
         shm_bytes=_shm_bytes(),
         accelerators=accelerators,
-        driver=driver_version(_read("/proc/driver/nvidia/version")),
+        driver=driver_version(_read("/proc/driver/nvidia/version")) or (nvml.driver_version() if cuda else None),
         python=platform.python_version(),
         torch=str(torch.__version__),  # a subclass of str that JSON does not know
         torchvision=_version("torchvision"),
@@ -146,13 +147,22 @@ def _describe(kind: str, index: int) -> Accelerator:
     properties = read(index) if read is not None else None
     major, minor = getattr(properties, "major", None), getattr(properties, "minor", None)
     uuid, memory = getattr(properties, "uuid", None), getattr(properties, "total_memory", None)
+    uuid = None if uuid is None else str(uuid)
+    # What a slice of a GPU computes with is CUDA's to tell; link, power limit and the name of the slice are NVML's.
+    source = nvml.open_source(nvml.Gpu(index, uuid) if kind == "cuda" and not torch.version.hip else None, os.environ)
+    source.close()
+    generation, width = source.limits.get("pcie_generation_max"), source.limits.get("pcie_width_max")
     return Accelerator(
         name=getattr(properties, "name", None) or _sysctl("machdep.cpu.brand_string") or kind,
         kind=kind,
         index=index,
-        uuid=None if uuid is None else str(uuid),
+        uuid=source.uuid or uuid,
         memory_bytes=None if memory is None else int(memory),
         capability=None if major is None or minor is None else f"{major}.{minor}",
+        multiprocessors=getattr(properties, "multi_processor_count", None),
+        pcie=None if generation is None or width is None else f"gen{generation} x{width}",
+        power_limit_w=source.limits.get("power_limit_w"),
+        mig=source.mig,
     )
 
 

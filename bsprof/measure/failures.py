@@ -50,6 +50,7 @@ def classify(error: BaseException, phase: str | None = None, *, oom_kills: int =
         or _host_memory(failure, phase)
         or _descriptors(failure, phase)
         or _compilation(failure, phase)
+        or _nondeterministic(failure, phase)
         or _other(failure, phase)
     )
 
@@ -291,6 +292,30 @@ def _compilation(failure: _Failure, phase: str | None) -> Outcome | None:
         return None
     compiler = "install a C++ compiler, or name it in CXX; " if "compiler" in failure.headline.lower() else ""
     return _outcome("error", failure.headline, f"{compiler}--compile off does without", phase, failure, {})
+
+
+# --- determinism ---------------------------------------------------------------------------------------
+
+_NO_DETERMINISTIC = re.compile(r"(\S+)(?: \w+)? does not have a deterministic implementation")
+_CUBLAS_CONFIG = re.compile(r"[Dd]eterministic behavior was enabled with .*CUBLAS_WORKSPACE_CONFIG", re.DOTALL)
+_NO_ENGINE = re.compile(
+    r"unable to find an engine to execute this computation|[Uu]nable to find a valid cuDNN algorithm"
+    r"|CUDNN_STATUS_NOT_SUPPORTED"
+)
+
+
+def _nondeterministic(failure: _Failure, phase: str | None) -> Outcome | None:
+    """Tell what fails only because determinism was asked for."""
+    if found := _NO_DETERMINISTIC.search(failure.text):
+        switch, message = "--deterministic-algorithms", f"{found[1]} has no deterministic version"
+    elif _CUBLAS_CONFIG.search(failure.text):
+        switch, message = "--deterministic-algorithms", "cuBLAS is not deterministic with its workspace of now"
+    elif _NO_ENGINE.search(failure.text) and torch.backends.cudnn.deterministic:
+        switch, message = "--cudnn-deterministic", "cuDNN has no deterministic algorithm for this"
+    else:
+        return None
+    evidence: Evidence = {"asked": switch, "operator": found[1] if found else None}
+    return _outcome("nondeterministic", message + failure.where, f"{switch} off", phase, failure, evidence)
 
 
 # --- all else ---------------------------------------------------------------------------------------

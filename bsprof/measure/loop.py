@@ -12,7 +12,7 @@ from torch import nn
 from bsprof.errors import BsprofError
 from bsprof.measure.clock import host_clock
 from bsprof.measure.tape import Tape
-from bsprof.model import Block, Settings
+from bsprof.model import Block, Serialised, Settings
 
 Stage = tuple[str, Callable[[], None]]
 """A phase and the code that is it."""
@@ -23,7 +23,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def run_block(stages: Sequence[Stage], steps: int, tape: Tape | None) -> Block:
     """Run `steps` steps, with a mark after each stage when there is a `tape`, bare otherwise.
 
-    The block's wall time comes from two clock reads of its own, so that the marks can be held against it.
+    The block's wall time comes from two clock reads of its own, so that the marks can be held against it. Reserve
+    the tape's device events first: `tape.reserve`.
     """
     if tape is None:
         start = host_clock()
@@ -31,7 +32,6 @@ def run_block(stages: Sequence[Stage], steps: int, tape: Tape | None) -> Block:
             for _, run in stages:
                 run()
         return Block(kind="bare", steps=steps, wall_ns=host_clock() - start)
-    tape.reserve(steps * len(stages) + 1)
     mark, clock = tape.mark, tape.clock
     start = clock()
     tape.begin()
@@ -40,6 +40,22 @@ def run_block(stages: Sequence[Stage], steps: int, tape: Tape | None) -> Block:
             run()
             mark(phase)
     return Block(kind="instrumented", steps=steps, wall_ns=clock() - start)
+
+
+def run_serialised(stages: Sequence[Stage], steps: int, wait: Callable[[], None]) -> Serialised:
+    """Run `steps` steps with a `wait` for the device at the end of each stage, so that nothing overlaps."""
+
+    def alone(run: Callable[[], None]) -> Callable[[], None]:
+        def stage() -> None:
+            run()
+            wait()
+
+        return stage
+
+    tape = Tape()
+    wait()
+    run_block([(phase, alone(run)) for phase, run in stages], steps, tape)
+    return Serialised(host_ns=tape.host_steps().phase_ns)
 
 
 class Training:
@@ -143,6 +159,10 @@ class Training:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def batch_bytes(self) -> int | None:
+        """Return the size of the last batch in bytes, labels included: what `h2d` moves."""
+        return None if self._batch is None else sum(part.nbytes for part in self._batch)
 
     def loss(self) -> float | None:
         """Return the last step's loss. Waits for the device: never inside a window."""

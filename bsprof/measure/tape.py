@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 from bsprof.measure.clock import DeviceClock, HostClock, host_clock
@@ -77,9 +78,12 @@ class Tape:
         """Return all steps by the device's clock, or None where there is none. Waits for the last boundary."""
         return None if self._device is None else self._steps(self._device.intervals_ns(), 1)
 
-    def device_span_ns(self, first: int, last: int) -> int | None:
-        """Return the device time between two boundaries, or None where there is no device clock. Waits for `last`."""
-        return None if self._device is None else self._device.span_ns(first, last)
+    def passed_step_ns(self) -> list[int] | None:
+        """Return the whole steps that the device has passed by now, or None where there is no device clock.
+
+        Never waits; the last step that it has begun is left out, for it may go on.
+        """
+        return None if self._device is None else self._steps(self._device.passed_ns(), 1).step_ns[:-1]
 
     def step_at(self, boundary: int) -> int:
         """Return the index of the step that was running when `boundary` boundaries had been recorded."""
@@ -88,7 +92,7 @@ class Tape:
     def _steps(self, intervals: list[int], first: int) -> Steps:
         """Group `intervals` (the one before boundary `first`, and so on) into steps; `data` begins a step."""
         steps = Steps([], {})
-        for interval, phase in zip(intervals, self._phases[first:], strict=True):
+        for interval, phase in zip(intervals, islice(self._phases, first, None), strict=False):
             if phase == START:
                 continue
             if phase == "data" or not steps.step_ns:

@@ -72,7 +72,31 @@ def percent(share: float | None, *, signed: bool = False) -> str:
     return f"{share * 100:{'+' if signed and share else ''}.{digits}f}%"
 
 
-def size(count: int) -> str:
+class ByteUnit(NamedTuple):
+    """A binary unit and how many bytes it is."""
+
+    name: str
+    bytes: int
+
+
+_BYTE_UNITS = (ByteUnit("GiB", 2**30), ByteUnit("MiB", 2**20), ByteUnit("KiB", 2**10))
+
+
+def byte_unit(sizes: Iterable[float | None]) -> ByteUnit:
+    """Return the one unit in which a column of sizes reads best, by their median."""
+    known = [abs(value) for value in sizes if value]
+    middle = statistics.median(known) if known else 2**30
+    return next((unit for unit in _BYTE_UNITS if middle >= unit.bytes), _BYTE_UNITS[-1])
+
+
+def energy(joules: float | None) -> str:
+    """Write an energy in the unit that suits it: `12.3 J`, `48.1 mJ`."""
+    if joules is None:
+        return MISSING
+    return f"{_three_digits(joules)} J" if abs(joules) >= 1 else f"{_three_digits(joules * 1e3)} mJ"
+
+
+def size(count: float) -> str:
     """Write a number of bytes in binary units: `7.8 GiB`."""
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
@@ -86,6 +110,11 @@ def thousands(count: float) -> str:
         if count >= factor:
             return f"{_three_digits(count / factor)} {name}"
     return f"{count:.0f}"
+
+
+def ceiling_name(name: str) -> str:
+    """Write a ceiling's name for a reader: `matrix_bf16` is `matrix bf16`."""
+    return name.replace("_", " ")
 
 
 def setting(value: object) -> str:

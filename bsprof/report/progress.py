@@ -33,14 +33,15 @@ _STAGES = {
 class Progress:
     """What a sweep is doing: a live area on a terminal, one line a finished case anywhere.
 
-    `cases` are still to be measured, `varying` the axes that tell them apart, `expected_s` the time all of them
-    may take and `target` the precision asked for. Use it as a context manager.
+    `cases` are still to be measured, or None where nobody knows how many there will be, `varying` the axes that tell
+    them apart, `expected_s` the time all of them may take and `target` the precision asked for. Use it as a context
+    manager.
     """
 
     def __init__(
         self,
         console: Console,
-        cases: int,
+        cases: int | None,
         varying: Sequence[str],
         expected_s: float,
         target: float | None = None,
@@ -101,6 +102,10 @@ class Progress:
         """Leave a line of text."""
         self._print(Text(text))
 
+    @property
+    def _of_total(self) -> str:
+        return "" if self._total is None else f"/{self._total}"
+
     # --- drawing ----------------------------------------------------------------------------------------
 
     def _name(self, case: Case) -> str:
@@ -108,7 +113,7 @@ class Progress:
 
     def _line(self, measurement: Measurement) -> Text:
         summary, outcome = CaseSummary([measurement]), measurement.outcome
-        text = Text.assemble((f"[{self._done}/{self._total}] ", "dim"), self._name(measurement.case), ": ")
+        text = Text.assemble((f"[{self._done}{self._of_total}] ", "dim"), self._name(measurement.case), ": ")
         if outcome.kind != "ok":
             text.append(outcome.kind, "bold red")
             message = (outcome.message or "").strip().partition("\n")[0]
@@ -140,6 +145,8 @@ class Progress:
                 text.append(f"  ±{percent(precision)}", "green" if reached else "yellow")
                 text.append(f" of ±{percent(self._target)} asked" if self._target is not None else "")
             text.append(f"  {now - self._case_began:.0f} s", "dim")
+        if self._total is None:
+            return text.append(f"\n{plural(self._done, 'case')} done  {_clock(now - self._began)} elapsed")
         filled = round(_BAR_WIDTH * self._done / self._total) if self._total else _BAR_WIDTH
         text.append("\n").append("━" * filled, "green").append("━" * (_BAR_WIDTH - filled), "dim")
         text.append(f"  {self._done}/{plural(self._total, 'case')}  {_clock(now - self._began)} elapsed")

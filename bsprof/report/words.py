@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from bsprof import findings
+from bsprof.findings import alike, differ
 from bsprof.metrics import CaseSummary, summarise, varying_axes
-from bsprof.model import AXES, Result, Settings
-from bsprof.report.figures import case_name, duration, percent, plural, rate
+from bsprof.model import Result
+from bsprof.report.figures import case_name, ceiling_name, duration, energy, percent, plural, rate
 
 # TensorFlow's input-pipeline analyzer calls a program highly or moderately input-bound from these shares on.
 _HIGHLY, _MODERATELY = 0.20, 0.05
@@ -16,17 +18,25 @@ _MANY_FAULTS = 1000
 """Minor faults a step from which allocator settings alone are worth a test."""
 _RESIDUAL = 0.01
 """Share of the wall time that may be left unexplained."""
+_NEAR_CEILING = 0.8
+"""Share of a measured ceiling from which little is left to gain but by doing less or doing it in another dtype."""
+_SPARES = 0.05
+"""Share of the energy a sample below which a difference is within what power meters of GPUs are good for."""
+_THROTTLED = {"gpu_throttled_thermal": "heat", "gpu_throttled_power": "its power limit"}
+"""Notes that say that the device's clocks were held back, and by what."""
 
 
 def summary(result: Result, cases: Sequence[CaseSummary] | None = None) -> list[str]:
     """Return a result in plain words, one sentence or two a line.
 
-    It says what is fastest, what bounds that, what the loader costs, what to try next, how far the instrumentation
-    bent the numbers, and what failed. `cases` are the result's summaries where the caller has them already.
+    It says what is fastest, what bounds that, what the loader costs, what the device drew and what held it back, what
+    to try next, how far the instrumentation bent the numbers, and what failed. `cases` are the result's summaries
+    where the caller has them already.
     """
     cases = summarise(result) if cases is None else cases
     told = _Told(result, cases)
-    return [*told.fastest(), *told.bound(), *told.loader(), *told.next(), *told.distortion(), *told.failures()]
+    first = [*told.fastest(), *told.bound(), *told.loader(), *told.energy(), *told.throttled()]
+    return [*first, *told.next(), *told.distortion(), *told.failures()]
 
 
 class _Told:
@@ -37,16 +47,8 @@ class _Told:
         self.cases = cases
         self.ok = [case for case in cases if case.ok and case["step"] is not None]
         self.varying = varying_axes(case.settings for case in cases)
-        self.best = self._fastest()
+        self.best = findings.fastest(cases)
         self.unit = "img/s" if all(case.settings for case in cases) else "samples/s"
-
-    def _fastest(self) -> CaseSummary | None:
-        """Return the case of highest throughput; of the shortest step where batch sizes are not known."""
-        if not self.ok:
-            return None
-        if all(case.value("throughput") is not None for case in self.ok):
-            return max(self.ok, key=lambda case: case.value("throughput") or 0.0)
-        return min(self.ok, key=lambda case: case.value("step") or 0.0)
 
     def name(self, case: CaseSummary) -> str:
         return case_name(case.case, self.varying)
@@ -69,7 +71,7 @@ class _Told:
         if best.interval(key) is None:
             yield f"Fastest: {self.name(best)} with {self._speed(best)}, {_inference(best)} and so for any comparison."
             return
-        equals = [case for case in self.ok if case is not best and not _differ(case, best, key)]
+        equals = [case for case in self.ok if case is not best and not differ(case, best, key)]
         if equals:
             names = _listed([self.name(case) for case in equals])
             yield (
@@ -94,16 +96,65 @@ class _Told:
         stall = shares.get("data", 0.0)
         cost = f"{percent(shares[largest])} of the step ({duration(best.value(f'{largest}.time'))})"
         waits = f"waiting for data is {percent(stall)} of the step ({duration(best.value('stall'))})"
+        launching = findings.launching(best)
         if stall >= _MODERATELY:
             degree = "highly" if stall >= _HIGHLY else "moderately"
             rest = "" if largest == "data" else f"; the largest phase is {largest}, {cost}"
             yield f"It is {degree} input-bound: {waits}{rest}."
+        elif launching is not None and launching.whole:
+            yield (
+                f"It is launch-bound: kernels run for {percent(launching.busy_share)} of the time that the computing "
+                f"phases take on the device, and the host is in them for {percent(launching.host_share)} of it: "
+                "the device waits to be given work."
+            )
+        elif largest == "h2d":
+            yield f"It is bound by copying batches to the device: {cost}; {waits}."
         elif largest != "data":
             wait = f"; {waits}" if "data" in shares else ""
             yield f"It is bound by {largest}: {cost}{wait}."
         hidden, wait_s = best.value("hidden"), best.value("wait")
         if best.readings[0].has_device_clock and hidden is not None and wait_s and hidden > 0.01 * wait_s:
             yield f"Of {duration(wait_s)} of waiting in next(), {duration(hidden)} is hidden behind the device's queue."
+        if launching is not None and launching.phases and not launching.whole:
+            busy = [f"{phase} (busy for {percent(best.value(f'{phase}.busy_share'))})" for phase in launching.phases]
+            yield f"Launch-bound in part, for there the device waits to be given work: {_listed(busy)}."
+        yield from self._ceiling(best)
+
+    def _ceiling(self, best: CaseSummary) -> Iterator[str]:
+        binding, share, mfu = best.binding, best.value("ceiling_share"), best.value("mfu")
+        if binding is None or share is None:
+            return
+        as_well = "" if mfu is None or binding.name == "compute" else f"; MFU is {percent(mfu)}"
+        little = "; little is left to gain there" if share >= _NEAR_CEILING else ""
+        yield (
+            f"Nearest of the ceilings measured is {binding.name} ({ceiling_name(binding.rate)}), "
+            f"which asks for {percent(share)} of the step at least{as_well}{little}."
+        )
+
+    # --- what the device drew, and what held it back ----------------------------------------------------
+
+    def energy(self) -> Iterator[str]:
+        best = self.best
+        if best is None or best["energy_per_step"] is None:
+            return
+        a_sample = best.value("energy_per_sample")
+        figure = f"{energy(best.value('energy_per_step'))} a step"
+        figure += "" if a_sample is None else f", {energy(a_sample)} a sample"
+        text = f"It takes {figure}, of the whole device with its idle power"
+        known = [case for case in self.ok if case["energy_per_sample"] is not None]
+        least = min(known, key=lambda case: case.value("energy_per_sample") or 0.0, default=best)
+        spared = 1 - (least.value("energy_per_sample") or 0.0) / a_sample if a_sample else 0.0
+        if least is not best and spared >= _SPARES:
+            text += f"; the least a sample is {energy(least.value('energy_per_sample'))}, in {self.name(least)}"
+        yield text + "."
+
+    def throttled(self) -> Iterator[str]:
+        for code, cause in _THROTTLED.items():
+            held = [case for case in self.ok if any(note.code == code for note in case.notes)]
+            if held:
+                names = _listed([self.name(case) for case in held])
+                where = f" in {len(held)} of {plural(len(self.ok), 'case')} ({names})" if len(self.ok) > 1 else ""
+                yield f"The device's clocks were held back by {cause}{where}: unhindered it would be faster."
 
     # --- the loader -------------------------------------------------------------------------------------
 
@@ -119,7 +170,7 @@ class _Told:
             yield self._cost_of_loading(zero, max(group[1:], key=lambda case: case.value("throughput") or 0.0))
         for fewer, more in pairwise(group):
             cut, longer = (fewer.value("wait") or 0.0) - (more.value("wait") or 0.0), _increase(fewer, more, "step")
-            if cut > 0 and longer is not None and longer > 0 and _differ(fewer, more, "step"):
+            if cut > 0 and longer is not None and longer > 0 and differ(fewer, more, "step"):
                 yield (
                     f"Going from {_workers(fewer)} to {_workers(more)} cut the wait by {duration(cut)} "
                     f"but lengthened the step by {duration(longer)}: loading and training compete for the same cores."
@@ -134,7 +185,7 @@ class _Told:
         before, after = zero.value("step"), best.value("step")
         if before is None or after is None:
             return text + "."
-        if not _differ(zero, best, "step"):
+        if not differ(zero, best, "step"):
             return f"{text}, and the steps are not distinguishable{self._eaten(zero, best)}."
         change = "shorter" if after < before else "longer"
         return f"{text}, and the step is {percent(abs(after / before - 1))} {change}."
@@ -154,7 +205,7 @@ class _Told:
 
     def _siblings(self, case: CaseSummary, axis: str) -> list[CaseSummary]:
         """Return the cases that differ from `case` in nothing but `axis`, itself included, in the axis's order."""
-        alikes = [other for other in self.ok if _alike(case.settings, other.settings, axis)]
+        alikes = [other for other in self.ok if alike(case.settings, other.settings, axis)]
         return sorted(alikes, key=lambda other: getattr(other.settings, axis))
 
     # --- what to try next -------------------------------------------------------------------------------
@@ -164,7 +215,7 @@ class _Told:
             return
         best = self.best
         advice = [*self._more_workers(best), *self._fewer_threads(), *self._larger_batch(best)]
-        advice += [*self._surer(), *self._malloc()]
+        advice += [*self._fewer_launches(best), *self._cheaper_steps(best), *self._surer(), *self._malloc()]
         if advice:
             yield "To try next: " + "; ".join(advice) + "."
 
@@ -207,16 +258,51 @@ class _Told:
         smaller, larger = group[-2:]
         gain = (larger.value("throughput") or 0.0) / (smaller.value("throughput") or 1.0) - 1
         batch, failed = larger.settings.batch_size if larger.settings else 0, self._failed_batches(best)
-        grows = gain > 0 and _differ(smaller, larger, "throughput")
+        grows = gain > 0 and differ(smaller, larger, "throughput")
         if grows and not any(size > batch for size in failed):
             yield (
                 f"`--batch-size {2 * batch}` (from {smaller.settings.batch_size if smaller.settings else 0} "
                 f"to {batch} throughput still grew by {percent(gain)})"
             )
 
+    def _fewer_launches(self, best: CaseSummary) -> Iterator[str]:
+        launching = findings.launching(best)
+        if launching is None or not (launching.whole or launching.phases):
+            return
+        settings = best.settings
+        if launching.whole and settings is not None:
+            if self._untried(best, "batch_size") and not any(self._failed_batches(best)):
+                yield f"`--batch-size {2 * settings.batch_size}` (the same launches would do twice the work)"
+            if not settings.compile and self._untried(best, "compile"):
+                yield "`--compile on` (fuses kernels, so that there are fewer to launch)"
+            yield "CUDA graphs in your own training (one launch a step)"
+        elif "optimizer" in launching.phases:
+            yield "`fused=True` for the optimizer of your own training (one launch for many parameters)"
+        elif settings is not None and not settings.compile and self._untried(best, "compile"):
+            yield f"`--compile on` (fewer kernels to launch in {' and '.join(launching.phases)})"
+
+    def _cheaper_steps(self, best: CaseSummary) -> Iterator[str]:
+        """Advise what makes computing and copying on a CUDA device cheaper, where these are what the step takes."""
+        settings, facts, launching = best.settings, best.facts, findings.launching(best)
+        if settings is None or facts is None or not facts.device.startswith("cuda"):
+            return
+        if (best.value("h2d.share") or 0.0) >= _MODERATELY and settings.pin_memory is False:
+            yield "`--pin-memory on` (page-locked batches are copied faster, and beside the computing)"
+        if (best.value("stall_share") or 0.0) >= _MODERATELY or launching is None or launching.whole:
+            return
+        if settings.amp == "off" and self._untried(best, "amp"):
+            yield "`--amp bf16` (a higher matrix rate and half the memory traffic; watch the loss)"
+        if not settings.channels_last and self._untried(best, "channels_last"):
+            yield "`--channels-last on` (the layout in which tensor cores convolve)"
+
+    def _untried(self, best: CaseSummary, axis: str) -> bool:
+        """Whether no other value of an axis stands beside the best case."""
+        settings = [case.settings for case in self.cases if alike(best.settings, case.settings, axis)]
+        return len({getattr(one, axis) for one in settings}) < 2
+
     def _failed_batches(self, best: CaseSummary) -> list[int]:
         failed = [case.settings for case in self.cases if not case.ok and case.settings is not None]
-        return [one.batch_size for one in failed if _alike(one, best.settings, "batch_size")]
+        return [one.batch_size for one in failed if alike(one, best.settings, "batch_size")]
 
     def _surer(self) -> Iterator[str]:
         plan = self.result.plan
@@ -264,6 +350,10 @@ class _Told:
                 f"The recorder itself costs {duration(worst.value('recorder'))} a step, "
                 f"{percent(worst.value('recorder_share'))}{_at_most(costs)}"
             )
+        samplers = [case.value("sampler_share") for case in self.ok]
+        shares = [share for share in samplers if share is not None]
+        if shares:
+            parts.append(f"telemetry takes {percent(max(shares))} of one core{_at_most(self.ok, '')}")
         known = [case for case in self.ok if case.interval("distortion") is not None]
         if known:
             clear = [case for case in known if _excludes_zero(case)]
@@ -319,12 +409,6 @@ class _Told:
 # --- what intervals support ------------------------------------------------------------------------------
 
 
-def _differ(a: CaseSummary, b: CaseSummary, key: str) -> bool:
-    """Whether two intervals are disjoint; without both intervals nothing is claimed."""
-    first, second = a.interval(key), b.interval(key)
-    return first is not None and second is not None and (first[1] < second[0] or second[1] < first[0])
-
-
 def _increase(a: CaseSummary, b: CaseSummary, key: str) -> float | None:
     before, after = a.value(key), b.value(key)
     return None if before is None or after is None else after - before
@@ -333,16 +417,6 @@ def _increase(a: CaseSummary, b: CaseSummary, key: str) -> float | None:
 def _excludes_zero(case: CaseSummary) -> bool:
     interval = case.interval("distortion")
     return interval is not None and (interval[0] > 0 or interval[1] < 0)
-
-
-def _alike(a: Settings | None, b: Settings | None, but: str) -> bool:
-    """Whether two settings agree in all axes but one; where an axis means nothing in one of them, that is none."""
-
-    def agree(name: str) -> bool:
-        values = getattr(a, name), getattr(b, name)
-        return values[0] == values[1] or (AXES[name].info.needs is not None and None in values)
-
-    return a is not None and b is not None and all(name == but or agree(name) for name in AXES)
 
 
 def _interval(case: CaseSummary, key: str, write: Callable[[float], str]) -> str:
@@ -362,8 +436,8 @@ def _workers(case: CaseSummary) -> str:
     return plural(case.settings.workers, "worker") if case.settings else ""
 
 
-def _at_most(cases: Sequence[CaseSummary]) -> str:
-    return " at most" if len(cases) > 1 else " of it"
+def _at_most(cases: Sequence[CaseSummary], alone: str = " of it") -> str:
+    return " at most" if len(cases) > 1 else alone
 
 
 def _signed(share: float) -> str:

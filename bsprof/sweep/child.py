@@ -10,7 +10,8 @@ import platformdirs
 
 from bsprof import store
 from bsprof.measure import case as measuring
-from bsprof.measure import environment, selftest
+from bsprof.measure import environment, rates, selftest
+from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
 
@@ -18,10 +19,11 @@ Emit = Callable[[str, int, float | None], None]
 
 
 class CaseRequest(msgspec.Struct):
-    """A case, and what of the plan holds for it."""
+    """A case, what of the plan holds for it, and where its trace is kept, if it is."""
 
     case: Case
     plan: Plan
+    trace: str | None = None
 
 
 class PrepareRequest(msgspec.Struct):
@@ -64,9 +66,11 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Measure the case of a CaseRequest."""
     request = msgspec.json.decode(payload, type=CaseRequest)
     emit = measuring.throttled(emit)
-    return store.to_json(
-        measuring.measure(request.case, request.plan, cache=cache_dir(), requested_ns=requested_ns, emit=emit)
+    trace = Path(request.trace) if request.trace else None
+    measurement = measuring.measure(
+        request.case, request.plan, cache=cache_dir(), requested_ns=requested_ns, emit=emit, trace=trace
     )
+    return store.to_json(measurement)
 
 
 def catalogue(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
@@ -75,5 +79,10 @@ def catalogue(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
 
 
 def check_clocks(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
-    """Run the self-test."""
-    return msgspec.json.encode(selftest.run(emit))
+    """Run the self-test, on each clock that there is."""
+    return msgspec.json.encode(selftest.run(emit) + selftest.run_on_device(emit, present_device()))
+
+
+def measure_ceilings(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Measure what this machine can do at the most, to be kept under the identity that `payload` names."""
+    return store.to_json(rates.measure(msgspec.json.decode(payload, type=str), cache_dir(), emit))

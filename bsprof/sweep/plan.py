@@ -38,6 +38,8 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
     An axis that means nothing there is set to null and the cases that become equal are measured once, which a note
     says. Raises BsprofError for values that bsprof cannot measure.
     """
+    if plan.largest_batch is not None:
+        _refuse_search(plan, environment)
     requested: list[Settings] = []
     asked = 0
     for block in plan.blocks or (Axes(),):
@@ -54,6 +56,8 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
         requested.extend(Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*choices))
     if any(settings.world_size > 1 for settings in requested):
         raise BsprofError("world_size: more than 1 is not yet supported", hint="leave it out, or give 1")
+    if plan.nvtx and not any(device.kind == "cuda" for device in environment.accelerators):
+        raise BsprofError("nvtx: there is no CUDA device here", hint="leave it out; --trace works everywhere")
     meaningful = {case_key(collapsed): collapsed for s in requested for collapsed in (collapse(s, environment),)}
     cases = [
         Case(key=key, settings=settings, process=process)
@@ -62,6 +66,25 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
     ]
     named = {name for axes in (plan.axes, *plan.blocks) for name in _given(axes)}
     return Expansion(cases, tuple(varying_axes(meaningful.values())), _collapse_notes(requested, named, environment))
+
+
+def _refuse_search(plan: Plan, environment: Environment) -> None:
+    """Raise BsprofError where a search for the largest batch contradicts the rest of `plan`, or could find no end."""
+    if any("batch_size" in _given(axes) for axes in (plan.axes, *plan.blocks)):
+        raise BsprofError(
+            "batch_size: cannot be given beside largest_batch, which searches it",
+            hint="leave out one of them: batch_size (--batch-size), or largest_batch (--max-batch)",
+        )
+    if plan.repeat > 1:
+        raise BsprofError(
+            f"repeat: {plan.repeat} processes a case, but a search for the largest batch tries each batch once",
+            hint="leave it out, or search again with another --output",
+        )
+    if not environment.accelerators and plan.host_memory_bytes is None:
+        raise BsprofError(
+            "--max-batch: without an accelerator only the machine's end limits the memory, and it must not be tried",
+            hint="say what a process may have: --host-memory 4GiB",
+        )
 
 
 def collapse(settings: Settings, environment: Environment) -> Settings:
@@ -110,6 +133,8 @@ def make_plan(
     if not {"jpeg", "synthetic"}.issuperset(axes.get("data", ())):
         # Other data has a size of its own.
         defaults.pop("image_size", None)
+    if rest.get("largest_batch") is not None:
+        defaults.pop("batch_size", None)
     plan = convert_flags({"axes": {**defaults, **axes}, "stop": stop, **rest})
     if "max_case_time_s" not in stop:
         share = case_time_s(len(expand(plan, environment).cases), quick=quick)
@@ -117,7 +142,12 @@ def make_plan(
     return plan
 
 
-_FLAGS = {"max_case_time_s": "max-case-time", "deadline_s": "deadline", "host_memory_bytes": "host-memory"}
+_FLAGS = {
+    "max_case_time_s": "max-case-time",
+    "deadline_s": "deadline",
+    "host_memory_bytes": "host-memory",
+    "margin": "max-batch-margin",
+}
 """Flags that are not called like their field in a plan."""
 
 

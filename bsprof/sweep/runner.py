@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from bsprof import cgroup, store
 from bsprof.errors import BsprofError
-from bsprof.model import Case, Check, Environment, Measurement, Outcome, Plan, Settings
+from bsprof.model import Case, Ceilings, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.process import ChildError, Death, Progressed, call, current_directory
 
@@ -102,14 +103,16 @@ def _point(case: Case) -> tuple[str, int]:
 
 
 class ProcessExecutor:
-    """Measures each case in a process of its own, until `stop` is requested."""
+    """Measures each case in a process of its own, until `stop` is requested; `trace` says where its trace is kept."""
 
-    def __init__(self, stop: Interruption) -> None:
+    def __init__(self, stop: Interruption, *, trace: Mapping[Case, Path] | None = None) -> None:
         self._stop = stop
+        self._trace = trace or {}
 
     def measure(self, case: Case, plan: Plan, watcher: Watcher) -> Measurement:
         """Return the child's measurement, or what can be said of its death."""
         kills_before = cgroup.oom_kills()
+        trace = self._trace.get(case)
         stage = "starting"
         steps = 0
 
@@ -125,7 +128,7 @@ class ProcessExecutor:
         try:
             reply = call(
                 "bsprof.sweep.child:measure",
-                msgspec.json.encode({"case": case, "plan": plan}),
+                store.to_json({"case": case, "plan": plan, "trace": str(trace) if trace else None}),
                 deadline_s=plan.deadline_s,
                 on_progress=heard,
                 stop=self._stop,
@@ -203,9 +206,30 @@ def check_clocks() -> list[Check]:
     return msgspec.json.decode(_ask("check_clocks", None), type=list[Check])
 
 
-def _ask(function: str, question: object) -> bytes:
+def measure_ceilings(identity: str, on_stage: Callable[[str], None]) -> Ceilings:
+    """Measure what this machine can do at the most, in a child; `on_stage` is told what is being measured.
+
+    Raises KeyboardInterrupt when the user stops it, and BsprofError when the child died; neither leaves a trace.
+    """
+
+    def heard(message: Progressed | None) -> None:
+        if message is not None:
+            on_stage(message.stage)
+
+    with Interruption("\ninterrupted at once\n") as stop:
+        reply = _ask("measure_ceilings", identity, on_progress=heard, stop=stop)
+    return msgspec.json.decode(reply, type=Ceilings)
+
+
+def _ask(
+    function: str,
+    question: object,
+    *,
+    on_progress: Callable[[Progressed | None], None] = lambda _: None,
+    stop: Interruption | None = None,
+) -> bytes:
     """Return the answer of a function of the child's, or raise BsprofError when it died."""
-    reply = call(f"bsprof.sweep.child:{function}", store.to_json(question))
+    reply = call(f"bsprof.sweep.child:{function}", store.to_json(question), on_progress=on_progress, stop=stop)
     if reply.value is None:
         assert reply.death is not None
         how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"

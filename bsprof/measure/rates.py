@@ -1,0 +1,484 @@
+"""The ceilings of this machine, measured: copies, matrix products, decoding, reading, cores that really run at once.
+
+Every rate is the median of repeats with its interval. The rates of one group take turns, so that what drifts meanwhile
+(clocks, temperature, neighbours) drifts for all of them. What cannot be measured is named with its reason, and the
+others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import io
+import math
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from bsprof import stats
+from bsprof.measure.clock import EventClock, host_clock, present_device
+from bsprof.measure.environment import cores_of_this_process
+from bsprof.measure.failures import classify
+from bsprof.model import Ceiling, Ceilings, Note
+from bsprof.workloads import registry
+from bsprof.workloads.imagefolder import decode_image
+from bsprof.workloads.registration import DataRequest
+
+Emit = Callable[[str, int, float | None], None]
+
+Rate = Callable[[], float]
+"""Measures once: units a second."""
+
+Seconds = Callable[[int], float]
+"""Does a piece of work so many times and returns the seconds it took."""
+
+MOST_COUNT = 1000
+"""Pieces of work in a repeat at the most; also less than a device's launch queue holds."""
+COLD_SHARE = 0.8
+"""A read at this share of the warm rate came from memory too: the system did not drop its cache."""
+_LISTEN_S = 0.5
+_QUIET = 0.1
+_READ_BYTES = 2**20
+_SPIN = 10_000
+
+
+class Extent(NamedTuple):
+    """How much is done for each rate. The defaults take about half a minute on two cores."""
+
+    copy_bytes: int = 256 * 2**20
+    file_bytes: int = 128 * 2**20
+    images: int = 64
+    first_side: int = 512
+    most_side: int = 8192
+    """Matrices grow from one side to the other until a product takes a repeat's time, or no larger ones fit."""
+    repeat_s: float = 0.05
+    repeats: int = 40
+    group_s: float = 4.0
+    """A group ends after this time, or after so many repeats."""
+
+
+FULL = Extent()
+
+
+def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ceilings:
+    """Return the ceilings of this machine, kept under `identity`; `cache` is the folder whose disk is read.
+
+    It takes all usable cores, the accelerator and, for a while, `extent.file_bytes` of disk. It leaves no file, no
+    process and no switch of torch's behind. Calls `emit(stage, 0, None)` as each group begins.
+    """
+    started = host_clock()
+    tally = Tally(extent)
+    cores = cores_of_this_process()
+    # Processes are started first, before torch has threads that a fork would leave behind.
+    notes = _disturbance()
+    emit("cores", 0, None)
+    measure_cores(tally, cores)
+    emit("JPEG decoding", 0, None)
+    measure_decoding(tally, cores)
+    emit("reading from disk", 0, None)
+    measure_disk(tally, cache)
+    with _threads(cores):
+        emit("matrix products on the CPU", 0, None)
+        measure_matrices(tally, torch.device("cpu"), {"fp32": "", "bf16": ""}, prefix="cpu_")
+        device = present_device()
+        if device.type == "cpu":
+            for name in (*_COPIES, *(f"matrix_{dtype}" for dtype in _DTYPES)):
+                tally.missing[name] = "no accelerator"
+        else:
+            emit("copies to the accelerator", 0, None)
+            measure_copies(tally, device)
+            emit("matrix products on the accelerator", 0, None)
+            measure_matrices(tally, device, {"fp32": "", "tf32": _lacks_tf32(device), "bf16": "", "fp16": ""})
+    return Ceilings(
+        identity=identity,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        rates=tally.rates,
+        missing=tally.missing,
+        notes=notes,
+        wall_s=(host_clock() - started) / 1e9,
+    )
+
+
+def _disturbance() -> tuple[Note, ...]:
+    """Return that others keep the processor busy, where they do: a ceiling measured then is too low."""
+    busy = psutil.cpu_percent(_LISTEN_S) / 100
+    if busy <= _QUIET:
+        return ()
+    text = f"other programs kept {busy:.0%} of the cores busy: rates of the CPU are too low, `bsprof env --refresh`"
+    return (Note(code="cpu_contended", text=text),)
+
+
+# --- repeats ----------------------------------------------------------------------------------------
+
+
+class Tally:
+    """What has been measured so far, and what could not be."""
+
+    def __init__(self, extent: Extent) -> None:
+        self.extent = extent
+        self.rates: dict[str, Ceiling] = {}
+        self.missing: dict[str, str] = {}
+
+    def measure(
+        self, unit: Literal["B/s", "FLOP/s", "1/s", "cores"], prepared: Mapping[str, Callable[[], Rate]]
+    ) -> dict[str, list[float]]:
+        """Prepare each rate, then measure all of them in turns; returns the repeats of each that could be."""
+        ready: dict[str, Rate] = {}
+        for name, prepare in prepared.items():
+            with self.or_missing(name):
+                ready[name] = prepare()
+        repeats: dict[str, list[float]] = {name: [] for name in ready}
+        end_ns = host_clock() + round(self.extent.group_s * 1e9)
+        for turn in range(self.extent.repeats):
+            if turn and host_clock() > end_ns:
+                break
+            for name, rate in ready.items():
+                if name not in self.missing:
+                    with self.or_missing(name):
+                        repeats[name].append(rate())
+        measured = {name: values for name, values in repeats.items() if name not in self.missing}
+        for name, values in measured.items():
+            estimate = stats.median(values)
+            self.rates[name] = Ceiling(value=estimate.value, unit=unit, low=estimate.low, high=estimate.high)
+        return measured
+
+    def rate(self, seconds: Seconds, units: float) -> Rate:
+        """Return the rate of a piece of work that is worth `units`, done as often as fills a repeat."""
+        count = _count(seconds, self.extent.repeat_s)
+        return lambda: units * count / seconds(count)
+
+    @contextlib.contextmanager
+    def or_missing(self, *names: str) -> Iterator[None]:
+        """Let a failure inside be the reason why those of `names` are missing that have no rate yet."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the others can be measured
+            reason = classify(error).message or type(error).__name__
+            self.missing |= {name: reason for name in names if name not in self.rates}
+
+
+def _count(seconds: Seconds, enough_s: float) -> int:
+    """Return how often to do a piece of work for it to take about `enough_s`; the first time, cold, does not count."""
+    seconds(1)
+    count = 1
+    while (taken := seconds(count)) < enough_s and count < MOST_COUNT:
+        wanted = math.ceil(count * enough_s / taken) if taken > 0 else MOST_COUNT
+        # No leaps: one reading that was too short by chance must not make a repeat of minutes.
+        count = min(wanted, 10 * count, MOST_COUNT) if wanted > count else count + 1
+    return count
+
+
+# --- the device's time ------------------------------------------------------------------------------
+
+
+def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the seconds that `work` takes on `device`, by a pair of its events around it; a CPU's by the host clock.
+
+    Tests put a fake in its place. Raises RuntimeError where the device's events carry no time.
+    """
+    if device.type == "cpu":
+        start = host_clock()
+        work()
+        return (host_clock() - start) / 1e9
+    clock = EventClock(device)
+    before = clock.stamp()
+    work()
+    return clock.span_ns(before, clock.stamp()) / 1e9
+
+
+def _timed(device: torch.device, work: Callable[[], object]) -> Seconds:
+    def repeatedly(count: int) -> None:
+        for _ in range(count):
+            work()
+
+    return lambda count: seconds_on(device, functools.partial(repeatedly, count))
+
+
+# --- copies -----------------------------------------------------------------------------------------
+
+_COPIES = ("h2d_pageable", "h2d_pinned", "d2d")
+
+
+def measure_copies(tally: Tally, device: torch.device) -> None:
+    """Measure copies from the host to `device`, pageable and pinned, and on it: there bytes read plus written."""
+    size = tally.extent.copy_bytes
+
+    def from_host(*, pinned: bool) -> Rate:
+        # Written to: pages that never were are all one page of zeros, which a cache would hold.
+        source = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).fill_(1)
+        target = torch.empty(size, dtype=torch.uint8, device=device)
+        return tally.rate(_timed(device, lambda: target.copy_(source, non_blocking=pinned)), size)
+
+    def on_device() -> Rate:
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return tally.rate(_timed(device, lambda: target.copy_(source)), 2 * size)
+
+    tally.measure(
+        "B/s",
+        {
+            "h2d_pageable": functools.partial(from_host, pinned=False),
+            "h2d_pinned": functools.partial(from_host, pinned=True),
+            "d2d": on_device,
+        },
+    )
+
+
+# --- matrix products --------------------------------------------------------------------------------
+
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def measure_matrices(tally: Tally, device: torch.device, dtypes: Mapping[str, str], *, prefix: str = "") -> None:
+    """Measure square matrix products on `device`, 2 n^3 operations each, as `<prefix>matrix_<dtype>`.
+
+    A dtype in `dtypes` is there with the reason why it cannot be measured, or with an empty text.
+    """
+    tally.missing |= {f"{prefix}matrix_{dtype}": reason for dtype, reason in dtypes.items() if reason}
+    tally.measure(
+        "FLOP/s",
+        {
+            f"{prefix}matrix_{dtype}": functools.partial(_products, tally, device, dtype)
+            for dtype, reason in dtypes.items()
+            if not reason
+        },
+    )
+
+
+def _products(tally: Tally, device: torch.device, dtype: str) -> Rate:
+    """Return the rate of the largest product that fits, or of one that takes a repeat's time if that is smaller."""
+    extent = tally.extent
+    side, found = extent.first_side, None
+    while side <= extent.most_side:
+        try:
+            seconds = _product(side, device, dtype)
+            seconds(1)
+            taken = seconds(1)
+        except RuntimeError as error:  # where the libraries run out of memory it is no OutOfMemoryError
+            if found is None or classify(error).kind not in ("oom", "host_oom"):
+                raise
+            break
+        found = seconds, 2.0 * side**3
+        if taken >= extent.repeat_s:
+            break
+        side *= 2
+    assert found is not None
+    return tally.rate(*found)
+
+
+def _product(side: int, device: torch.device, dtype: str) -> Seconds:
+    # Random numbers: with zeros few transistors switch, so a GPU clocks higher than training ever lets it.
+    generator = torch.Generator(device=device).manual_seed(0)
+    draw = functools.partial(torch.randn, side, side, generator=generator, device=device, dtype=_DTYPES[dtype])
+    left, right = draw(), draw()
+    out = torch.empty_like(left)
+    timed = _timed(device, lambda: torch.mm(left, right, out=out))
+
+    def seconds(count: int) -> float:
+        with _float32_products("high" if dtype == "tf32" else "highest"):
+            return timed(count)
+
+    return seconds
+
+
+def _lacks_tf32(device: torch.device) -> str:
+    """Return why `device` has no TF32, or nothing where it has: elsewhere torch would compute in fp32 unasked."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "TF32 is a format of NVIDIA's devices"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the device has no TF32"
+    return ""
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """Let float32 matrix products be computed as `precision` says; this sets `allow_tf32` along with it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+class Crew:
+    """Processes that do the same work at the same time. A context manager: none of them outlives it."""
+
+    def __init__(self, size: int, work: Callable[[int], None]) -> None:
+        self._pipes: list[Connection] = []
+        self._processes: list[multiprocessing.Process] = []
+        try:
+            for _ in range(size):
+                ours, theirs = multiprocessing.Pipe()
+                self._pipes.append(ours)
+                process = multiprocessing.Process(target=_serve, args=(theirs, work), daemon=True)
+                process.start()
+                self._processes.append(process)
+                theirs.close()  # so that a process that dies leaves nobody who could still answer
+            self.seconds(size, 1)  # all are there, and have done it once
+        except BaseException:
+            self.close()
+            raise
+
+    def seconds(self, processes: int, count: int) -> list[float]:
+        """Let each of the first `processes` do the work `count` times, all at once; returns the seconds each took."""
+        busy = self._pipes[:processes]
+        try:
+            for pipe in busy:
+                pipe.send(count)
+            return [pipe.recv() for pipe in busy]
+        except (EOFError, ConnectionError):
+            raise RuntimeError("a process that was to take part died") from None
+
+    def close(self) -> None:
+        """End and reap all processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+            process.close()
+        for pipe in self._pipes:
+            pipe.close()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(pipe: Connection, work: Callable[[int], None]) -> None:
+    while True:
+        try:
+            count = pipe.recv()
+        except EOFError:
+            return
+        start = host_clock()
+        work(count)
+        pipe.send((host_clock() - start) / 1e9)
+
+
+def measure_cores(tally: Tally, cores: int) -> None:
+    """Measure how many cores really run at once: the speeds of k copies of a loop, summed; that of one alone is 1.
+
+    k is `cores`, the usable ones. Shared execution units, clocks that fall as more cores wake, a hypervisor that gives
+    less than it shows: the result is what is left. Speeds are summed, and not taken from the slowest copy, because one
+    core that somebody else uses as well must not count for all.
+    """
+
+    def together(crew: Crew) -> Rate:
+        count = _count(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
+
+        def rate() -> float:
+            (alone,) = crew.seconds(1, count)
+            return sum(alone / taken for taken in crew.seconds(cores, count))
+
+        return rate
+
+    with tally.or_missing("cpu_cores"), Crew(cores, _spin) as crew:
+        tally.measure("cores", {"cpu_cores": functools.partial(together, crew)})
+
+
+def _spin(count: int) -> None:
+    """Keep a core busy with arithmetic that needs no memory."""
+    value = 1
+    for _ in range(count * _SPIN):
+        value = (value * 1103515245 + 12345) & 0x7FFFFFFF
+
+
+# --- decoding ---------------------------------------------------------------------------------------
+
+
+def measure_decoding(tally: Tally, cores: int) -> None:
+    """Measure images a second, read from the page cache and decoded: by one process, and by `cores` of them at once.
+
+    The images are those of the data set `jpeg`, 500x375 pixels, made in a folder of their own.
+    """
+    with tally.or_missing("jpeg_core", "jpeg_all"), tempfile.TemporaryDirectory() as folder:
+        images = tally.extent.images
+        registry.prepare_data(f"jpeg:500x375,n={images}", DataRequest(cache=Path(folder)))
+        paths = sorted(Path(folder).rglob("*.jpg"))
+        with Crew(cores, functools.partial(_decode, paths)) as crew:
+
+            def by(processes: int) -> Rate:
+                count = _count(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
+                return lambda: sum(images * count / taken for taken in crew.seconds(processes, count))
+
+            tally.measure("1/s", {"jpeg_core": lambda: by(1), "jpeg_all": lambda: by(cores)})
+
+
+def _decode(paths: Sequence[Path], count: int) -> None:
+    for _ in range(count):
+        for path in paths:
+            decode_image(path)
+
+
+# --- disk -------------------------------------------------------------------------------------------
+
+
+def measure_disk(tally: Tally, directory: Path) -> None:
+    """Measure reading a file in `directory` from start to end, cold and warm.
+
+    Cold means that this system has dropped the file from its page cache; what a hypervisor or the disk itself keeps is
+    out of reach. A system that does not drop it (a file system in memory) betrays itself by the warm rate.
+    """
+    with tally.or_missing("disk_cold", "disk_warm"):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:  # it has no name: no way to end leaves it
+            size = 0
+            while size < tally.extent.file_bytes:
+                size += file.write(os.urandom(_READ_BYTES))
+            os.fsync(file.fileno())
+
+            def warm() -> float:
+                return size / _read_seconds(file)
+
+            def cold() -> float:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                return size / _read_seconds(file)
+
+            reads: dict[str, Callable[[], Rate]] = {"disk_warm": lambda: warm}
+            if hasattr(os, "posix_fadvise"):
+                reads = {"disk_cold": lambda: cold, **reads}  # in this order: a cold read makes the next one warm
+            else:
+                tally.missing["disk_cold"] = "this system cannot be asked to drop a file from its cache"
+            _read_seconds(file)
+            tally.measure("B/s", reads)
+    found = tally.rates
+    if (
+        "disk_cold" in found
+        and "disk_warm" in found
+        and found["disk_cold"].value > COLD_SHARE * found["disk_warm"].value
+    ):
+        del found["disk_cold"]
+        tally.missing["disk_cold"] = "read as fast as from memory: the system did not drop the file from its cache"
+
+
+def _read_seconds(file: io.RawIOBase) -> float:
+    buffer = bytearray(_READ_BYTES)
+    file.seek(0)
+    start = host_clock()
+    while file.readinto(buffer):
+        pass
+    return (host_clock() - start) / 1e9
