@@ -418,7 +418,7 @@ def whole(**changes):
         "samples": Samples(
             batch_size=32,
             step_ns=[10_000_000] * steps,
-            host_ns={"data": [1_000_000] * steps, "forward": [9_000_000] * steps},
+            host_ns={"data": [500_000] * steps, "forward": [9_500_000] * steps},
             device_step_ns=[10_000_000] * steps,
             device_ns={"data": [0] * steps, "forward": [10_000_000] * steps},
             blocks=[Block(kind="instrumented", steps=steps, wall_ns=100_000_000, device_wall_ns=100_100_000)],
@@ -471,10 +471,16 @@ def profiled(total, **busy):
 
 
 def test_busy_time_that_does_not_add_up_or_belies_the_model_fails():
-    busy = profiled(48_000_000, forward=30_000_000, backward=18_000_000)
+    busy = profiled(48_000_000, data=2_000_000, forward=46_000_000)
     assert "busy time of m's phases" not in failed(cases.judge_profile(busy, "m", launch_bound=False))
     assert "busy share of m" not in failed(cases.judge_profile(busy, "m", launch_bound=False))
     assert "busy share of m" in failed(cases.judge_profile(busy, "m", launch_bound=True))
+    found = cases.judge_profile(busy, "m", launch_bound=False)
+    assert failed(found) == []
+    assert "bsprof's verdict on m" in failed(cases.judge_profile(busy, "m", launch_bound=True))
+    idle = profiled(10_000_000, data=0, forward=10_000_000)
+    assert failed(cases.judge_profile(idle, "m", launch_bound=True)) == []
+    assert "bsprof's verdict on m" in failed(cases.judge_profile(idle, "m", launch_bound=False))
     twice = profiled(48_000_000, forward=48_000_000, backward=48_000_000)
     assert "busy time of m's phases" in failed(cases.judge_profile(twice, "m", launch_bound=False))
     nothing = result(whole(profile=Profile(steps=5, wall_ns=1, phase_ns={}), notes=(Note(code="x", text="no CUPTI"),)))

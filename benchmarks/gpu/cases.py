@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.command import bench, marked, python, told
 from benchmarks.gpu.verdict import Line, Stand, Unable, fail, judge, skip
-from bsprof import metrics
+from bsprof import findings, metrics
 from bsprof.model import LargestBatch, Measurement, Result
 
 SHORT = ("--max-case-time", "4", "--precision", "0.05")
@@ -410,21 +410,17 @@ def _device_step_ns(measurement: Measurement) -> float | None:
 def _verdict(result: Result, model: str, *, launch_bound: bool) -> Line:
     """Ask bsprof itself, which judges from a saved result alone."""
     what, wanted = f"bsprof's verdict on {model}", "launch-bound" if launch_bound else "not launch-bound"
-    with contextlib.suppress(ImportError):
-        from bsprof import findings
-
-        found = findings.launching(metrics.summarise(result)[0])
-        if found is None:
-            return judge(what, False, "none", wanted, "it came to no verdict")
-        return judge(
-            what,
-            found.whole == launch_bound,
-            f"{'launch-bound' if found.whole else 'not launch-bound'}, "
-            f"busy {found.busy_share:.0%}, host {found.host_share:.0%}",
-            wanted,
-            "it misjudges",
-        )
-    return fail(what, "this version of bsprof gives none")
+    found = findings.launching(metrics.summarise(result)[0])
+    if found is None:
+        return judge(what, False, "none", wanted, "it came to no verdict")
+    verdict = "launch-bound" if found.whole else "not launch-bound"
+    return judge(
+        what,
+        found.whole == launch_bound,
+        f"{verdict}, busy {found.busy_share:.0%}, host {found.host_share:.0%}",
+        wanted,
+        "it misjudges",
+    )
 
 
 # --- memory -----------------------------------------------------------------------------------------

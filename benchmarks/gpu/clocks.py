@@ -8,7 +8,7 @@ from functools import partial
 
 from benchmarks.gpu.device import Device, Stopwatch, milliseconds
 from benchmarks.gpu.training import real_training
-from benchmarks.gpu.verdict import Line, Stand, judge, skip
+from benchmarks.gpu.verdict import Line, Stand, judge
 from bsprof import metrics, stats
 from bsprof.measure import selftest
 from bsprof.measure.loop import Stage, run_block
@@ -70,10 +70,16 @@ def planted_delays(stand: Stand) -> Iterator[Line]:
     for clock in ("device", "host"):
         for phase in PHASES:
             yield _planted(device, clock, phase)
-    if stand.rehearsed:
-        yield skip("bsprof selftest", "spins on a real clock")
-        return
-    checks = selftest.run(_quiet) + selftest.run_on_device(_quiet, device.torch_device)
+    checks = selftest.run(_quiet, clock=device.host_clock)
+    if device.rehearsed:
+        checks += selftest.run_on_device(
+            _quiet,
+            device.torch_device,
+            make_clock=lambda _: device.clock(),
+            make_sleep=lambda _, events: device.sleep,
+        )
+    else:
+        checks += selftest.run_on_device(_quiet, device.torch_device)
     on_device = [check for check in checks if check.clock == "device"]
     wrong = [f"{check.phase} on the {check.clock}" for check in checks if not check.passed]
     yield judge(

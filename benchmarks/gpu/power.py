@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.verdict import Line, Stand, Unable, judge
+from benchmarks.gpu.verdict import Line, Stand, judge
+from bsprof.measure import telemetry
 from bsprof.model import Energy, Telemetry
 
 SECONDS = 12.0
@@ -28,10 +29,6 @@ def energy(stand: Stand) -> Iterator[Line]:
     is a mean over all of it. Energy per step is resolvable over so long a window, and the process that samples ten
     times a second takes at most 1 % of one core.
     """
-    try:
-        from bsprof.measure import telemetry
-    except ImportError:
-        raise Unable("this version of bsprof records no telemetry") from None
     device = stand.device
     path = stand.folder / "telemetry.jsonl"
     with telemetry.record(device.torch_device, HZ, path):
