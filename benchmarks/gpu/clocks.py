@@ -40,6 +40,8 @@ def _recorded(
 
     Making a clock may drain the queue; `lead_in` bare steps fill it again.
     """
+    device.sleep(1)  # the first one calibrates, which is no part of any window
+    device.wait()
     tape = Tape(clock=device.host_clock, device_clock=device.clock())
     tape.reserve(steps * len(stages) + 1)
     run_block(stages, lead_in, None)
