@@ -314,8 +314,8 @@ def _held(field: str, reading: Reading) -> Value:
 
 def _fragmentation(reading: Reading) -> Value:
     memory = reading.memory
-    if memory is None or not memory.reserved_peak:
-        return None
+    if memory is None or memory.pool != "device" or not memory.reserved_peak:
+        return None  # what a process has mapped and never touched is no fragmentation
     return 1 - memory.allocated_peak / memory.reserved_peak
 
 

@@ -54,6 +54,22 @@ class Perceptron(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
 
 
+class Unordered(Perceptron):
+    """Writes to one place twice: which value stays is left open."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+        return super().forward(images)
+
+
+class Switches(Perceptron):
+    """Sets what is not its own, as some libraries do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch.backends.cudnn.benchmark = True
+        return super().forward(images)
+
+
 class OutOfDeviceMemory(Perceptron):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
+import psutil
 import pytest
 import torch
 from factories import FailsInBackward, Perceptron, Pixels
@@ -46,6 +47,7 @@ def _restored() -> Iterator[None]:
         yield
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+    torch.use_deterministic_algorithms(False)
 
 
 def measure(chosen: Settings, *, emit: measuring.Emit = lambda *_: None, process: int = 0, **stop: Any) -> Measurement:
@@ -379,6 +381,9 @@ class SimulatedDevice:
     def work(self, nanoseconds: int) -> None:
         self.free_at = self.now() + nanoseconds
 
+    def wait(self, device: torch.device) -> None:
+        time.sleep(max(0, self.free_at - time.perf_counter_ns()) * 1e-9)
+
     def clock(self, device: torch.device) -> SimulatedClock:
         return SimulatedClock(self)
 
@@ -443,6 +448,7 @@ def device(monkeypatch):
     stream = SimulatedDevice()
     monkeypatch.setattr(OnDevice, "stream", stream)
     monkeypatch.setattr(measuring, "device_clock", stream.clock)
+    monkeypatch.setattr(measuring, "wait_for", stream.wait)
     return stream
 
 
@@ -570,3 +576,116 @@ def test_a_loader_whose_worker_died_is_not_torn_down(monkeypatch: pytest.MonkeyP
     finally:
         monkeypatch.setattr(iterator, "_shutdown_workers", shut_down)
         abandoned.clear()
+
+
+# --- what is looked at beside the clock ---------------------------------------------------------------
+
+
+def test_what_was_looked_at_is_kept(measured):
+    facts, profile, seen = measured.facts, measured.profile, measured.telemetry
+    assert facts is not None
+    assert facts.clock == "host"
+    assert facts.dtype == "fp32"
+    assert facts.batch_bytes == 4 * (3 * 8 * 8 * 4 + 8)
+    # One product forward, one for the weights' gradient; nobody asks for the images'.
+    assert facts.flops_per_step == 2 * 2 * 4 * 192 * 10
+    assert facts.backends is not None
+    assert profile is not None
+    assert profile.steps == 5
+    assert tuple(profile.phase_ns) == PHASES
+    assert profile.operators
+    assert profile.busy_ns is None
+    assert seen is not None
+    assert (seen.source, seen.device, seen.energy) == ("none", {}, None)
+    assert seen.window_ns > 0
+    assert measured.memory is None or measured.memory.pool == "host"
+    assert measured.serialised is None  # one clock: nothing overlaps
+
+
+def test_what_was_not_asked_for_is_not_looked_at():
+    chosen = settings()
+    plan = Plan(stop=Stop(max_case_time_s=0.3, precision=NEVER), malloc="default", profile_steps=0, telemetry_hz=0)
+    case = Case(key=case_key(chosen), settings=chosen)
+    found = measuring.measure(case, plan, cache=Path("unused"), requested_ns=0, emit=lambda *_: None)
+    assert samples_of(found)
+    assert (found.profile, found.telemetry, found.facts and found.facts.flops_per_step) == (None, None, None)
+
+
+def test_a_look_that_fails_costs_a_note_and_not_the_result(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no profiler today")
+
+    monkeypatch.setattr(measuring.profiling, "profile", refuse)
+    measurement = measure(settings())
+    assert len(samples_of(measurement).step_ns) > 10
+    assert measurement.profile is None
+    (note,) = (note for note in measurement.notes if note.code == "inspection_failed")
+    assert note.text == "profiler window: RuntimeError: no profiler today"
+
+
+def test_long_steps_are_looked_at_in_fewer():
+    """8 ms a step and 0.1 s for the case: 5 steps of the profiler would take more than a quarter of it."""
+    from factories import Sleepy
+
+    profile = measure(settings(data=Sleepy), max_case_time_s=0.1).profile
+    assert profile is not None
+    assert 1 <= profile.steps < 5
+
+
+def test_no_sampler_and_no_recording_outlive_a_case(fuse, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring.tempfile, "gettempdir", lambda: str(tmp_path))
+    started = []
+    record = measuring.telemetry.record
+
+    def recorded(*arguments: Any) -> Any:
+        sampler = record(*arguments)
+        started.append(psutil.Process(sampler.pid))
+        return sampler
+
+    monkeypatch.setattr(measuring.telemetry, "record", recorded)
+    assert measure(settings(model=Fuse), emit=fuse, max_case_time_s=5).outcome.kind == "error"
+    samples_of(measure(settings(), max_case_time_s=0.3))
+    assert len(started) == 2
+    assert not any(sampler.is_running() for sampler in started)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_phases_one_by_one_tell_what_overlaps(device):
+    """With a wait at each boundary the device works for nobody but the phase that asked it."""
+    measurement = measure(settings(model=OnDevice, data=Delayed), max_case_time_s=0.6)
+    assert measurement.facts is not None
+    assert measurement.facts.clock == "host and device"
+    assert measurement.serialised is not None
+    serialised = measurement.serialised.host_ns
+    assert tuple(serialised) == PHASES
+    assert {len(times) for times in serialised.values()} <= set(range(1, 11))
+    assert statistics.median(serialised["forward"]) >= OnDevice.work_ns
+    assert statistics.median(serialised["data"]) < OnDevice.work_ns
+
+
+def test_a_case_stops_on_the_devices_precision(device):
+    """The host runs ahead and its steps scatter; the device's are all alike."""
+    measurement = measure(settings(model=OnDevice, data=Delayed), max_case_time_s=5, precision=0.02)
+    summary = summary_of(measurement)
+    assert summary.value("precision") is not None
+    assert summary.value("precision") <= 0.02
+    assert "precision_not_reached" not in codes(measurement)
+
+
+def test_what_has_no_deterministic_version_is_an_outcome():
+    from factories import Unordered
+
+    asked = measure(settings(model=Unordered, deterministic_algorithms=True))
+    torch.use_deterministic_algorithms(False)
+    assert (asked.outcome.kind, asked.outcome.phase) == ("nondeterministic", "forward")
+    assert "put_" in (asked.outcome.message or "")
+    assert measure(settings(model=Unordered), max_case_time_s=0.3).outcome.kind == "ok"
+
+
+def test_what_a_model_switches_is_told_beside_what_was_asked():
+    from factories import Switches
+
+    facts = measure(settings(model=Switches), max_case_time_s=0.3).facts
+    assert facts is not None
+    assert facts.backends is not None
+    assert facts.backends.cudnn_benchmark is True

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -342,3 +343,19 @@ def test_cudnn_without_an_algorithm_is_nondeterministic_where_that_was_asked(mon
     outcome = classify(error, "backward")
     assert outcome.kind == kind
     assert (outcome.hint is not None) is deterministic
+
+
+@pytest.mark.parametrize("said", ["could not create a primitive", "could not create a memory object"])
+def test_onednn_under_a_limit_ran_out_of_memory(monkeypatch, said):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**31, resource.RLIM_INFINITY))
+    outcome = classify(RuntimeError(said), "backward")
+    assert (outcome.kind, outcome.phase) == ("host_oom", "backward")
+    assert outcome.evidence == {"limit_bytes": 2**31, "library": "oneDNN"}
+    assert "2.00 GiB" in (outcome.message or "")
+
+
+def test_onednn_that_knows_no_such_operation_did_not_run_out_of_memory(monkeypatch):
+    assert classify(RuntimeError("could not create a primitive"), "backward").kind == "error"
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**31, resource.RLIM_INFINITY))
+    text = "could not create a primitive descriptor for a convolution forward propagation primitive"
+    assert classify(RuntimeError(text), "backward").kind == "error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ from bsprof.model import (
     Settings,
     case_key,
 )
-from bsprof.report.largest import render_largest
+from bsprof.report.largest import render_largest, render_searches
 from bsprof.sweep.largest import Searched, next_batch, probe_plan, search
 from bsprof.sweep.plan import convert_flags, expand, make_plan
 from bsprof.sweep.runner import Watcher
@@ -311,19 +312,18 @@ def test_a_search_has_no_axis_of_batch_sizes():
 # --- its table --------------------------------------------------------------------------------------
 
 
-def table(searched: Searched, width: int = 120) -> str:
+def table(searched: Searched, width: int = 120, most: int = 2**20) -> str:
     result = Result(
         created="2026-01-01T00:00:00Z",
-        plan=Plan(largest_batch=SEARCH),
+        plan=Plan(largest_batch=LargestBatchSearch(most=most)),
         environment=environment(),
         measurements=searched.swept.measurements,
         largest_batches=searched.found,
     )
     assert msgspec.json.decode(store.encode(result), type=Result) == result
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    with console.file:
-        render_largest(result, console)
-        return console.export_text()
+    console = Console(width=width, record=True, file=io.StringIO())
+    render_largest(result, console)
+    return console.export_text()
 
 
 def test_the_table_says_what_fits_and_what_no_longer_does():
@@ -336,13 +336,25 @@ def test_the_table_says_what_fits_and_what_no_longer_does():
     assert "!" not in text
 
 
+def test_a_dry_run_says_what_would_be_searched():
+    plan = Plan(largest_batch=LargestBatchSearch(margin=0.25, steps=4), deadline_s=60)
+    console = Console(width=100, record=True, file=io.StringIO())
+    assert plan.largest_batch is not None
+    render_searches([case(workers=0), case(workers=1)], plan, plan.largest_batch, console)
+    text = " ".join(console.export_text().split())
+    for words in ("2 combinations", "4 steps", "25% of the memory", "60 s", "workers"):
+        assert words in text
+    assert "batch 32" not in text
+
+
 def test_the_table_says_both_where_prediction_and_search_disagree():
     text = table(run(Machine(lambda batch: batch if batch <= 600 else 3 * batch, 3000)))
     assert "was found where 3000" in text
 
 
 def test_the_table_says_why_a_search_has_no_end():
-    assert "no larger batch was to be tried" in table(run(Machine(lambda batch: 1, 2), most=64))
+    assert "no larger batch was to be tried" in table(run(Machine(lambda batch: 1, 2), most=64), most=64)
+    assert "it is not finished" in table(run(Machine(lambda batch: 1, 2, limit=3)))
     machine = Machine(lambda batch: batch, 100)
     machine.other = {32: "timeout"}
     text = table(run(machine))
@@ -424,11 +436,7 @@ def test_a_search_in_real_processes_killed_and_resumed(tmp_path):
     tried = [m.case.key for m in result.measurements]
     assert [line["case"]["key"] for line in kept] == tried[: len(kept)]
     assert found.steps >= 4
-
-    code, out, err = bench(tmp_path, "--plan", "out.json", "--dry-run", "--max-batch-margin", "0.25")
-    assert code == 0, err
-    assert "25% of the memory" in out
-    assert "4 steps" in out
+    assert store.read_plan(tmp_path / "out.json") == store.read_plan(tmp_path / "plan.toml")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bsprof.errors import BsprofError
 from bsprof.measure import memory
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,8 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="p
 
 def child(code: str) -> Any:
     """Run `code` in a process of its own, where limits and peaks are nobody else's, and return what it prints."""
-    head = "import json, resource, torch\nfrom bsprof.measure import memory\ncpu = torch.device('cpu')\nMIB = 2**20\n"
+    head = "import json, resource, torch\nfrom bsprof.errors import BsprofError\nfrom bsprof.measure import memory\n"
+    head += "cpu = torch.device('cpu')\nMIB = 2**20\n"
     done = subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -76,7 +78,10 @@ def test_without_a_window_nothing_was_seen():
 
 def test_a_share_of_the_hosts_limit_is_withheld():
     nothing, allowed, limit, total, failed = child("""
-nothing = memory.withhold(cpu, 0.25)  # without a limit there is none to lower
+try:
+    nothing = memory.withhold(cpu, 0.25)
+except BsprofError as error:
+    nothing = error.message
 resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, resource.RLIM_INFINITY))
 allowed = memory.withhold(cpu, 0.25)
 watch = memory.watch(cpu)
@@ -90,7 +95,7 @@ except RuntimeError:
     failed = True
 print(json.dumps([nothing, allowed, resource.getrlimit(resource.RLIMIT_DATA)[0], watch.memory().total, failed]))
 """)
-    assert nothing is None
+    assert "no limit" in nothing
     assert allowed == limit == 6 * 2**30
     assert total <= limit
     assert failed
@@ -257,7 +262,8 @@ def test_a_device_without_an_allocator_that_counts_gives_none():
     watch.end()
     watch.measure_phases([], 1)
     assert watch.memory() is None
-    assert memory.withhold(torch.device("mps"), 0.05) is None
+    with pytest.raises(BsprofError, match="mps"):
+        memory.withhold(torch.device("mps"), 0.05)
 
 
 def test_torchs_cuda_has_what_is_asked_of_it():

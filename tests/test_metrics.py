@@ -351,7 +351,7 @@ def test_memory_is_the_highest_of_all_processes_and_fragmentation_its_rest():
     assert case["peak_memory"] == 600 and case["reserved_memory"] == 800
     assert case["forward.peak_memory"] == 300 and case["backward.peak_memory"] is None
     assert case_of(memory=held[0])["fragmentation"] == pytest.approx(0.25)
-    assert case_of(memory=Memory(pool="host", allocated_peak=5))["fragmentation"] is None
+    assert case_of(memory=Memory(pool="host", allocated_peak=5, reserved_peak=9))["fragmentation"] is None
 
 
 def telemetry(energy=None, **columns):

@@ -11,6 +11,7 @@ from bsprof.stats import (
     Estimate,
     between,
     effective_size,
+    fit_line,
     is_steady,
     median,
     paired_ratio,
@@ -327,3 +328,93 @@ def test_a_series_too_short_for_two_windows_is_not_steady():
     for ask in (is_steady, steady_from):
         with pytest.raises(ValueError, match="at least 2 steps"):
             ask([1, 1], window=1)
+
+
+# --- a line -----------------------------------------------------------------------------------------
+
+BATCHES = {3: [8, 16, 32], 4: [8, 16, 32, 60], 8: [8, 16, 24, 32, 40, 48, 56, 64]}
+
+
+def noisy_lines(points, noise, lines=SERIES):
+    """Draw peaks that grow by 20 a sample from 1000, and one more peak for a batch of 100."""
+    rng = np.random.default_rng(11)
+    x = np.array(BATCHES[points], dtype=float)
+    scatter = noise * rng.standard_normal((lines, points + 1))
+    return [(x, 1000 + 20 * x + row[:-1], 1000 + 20 * 100 + row[-1]) for row in scatter]
+
+
+@pytest.mark.parametrize("noise", [1.0, 8.0])
+@pytest.mark.parametrize("points", BATCHES)
+def test_a_new_observation_lies_in_the_prediction_interval_as_often_as_it_says(points, noise):
+    estimates = [(fit_line(x, y).at(100), new) for x, y, new in noisy_lines(points, noise)]
+    assert 0.92 <= np.mean([estimate.low <= new <= estimate.high for estimate, new in estimates]) <= 0.98
+
+
+@pytest.mark.parametrize("noise", [1.0, 8.0])
+@pytest.mark.parametrize("points", BATCHES)
+def test_the_solutions_interval_covers_the_true_batch_as_often_as_it_says(points, noise):
+    estimates = [fit_line(x, y).solve(new) for x, y, new in noisy_lines(points, noise)]
+    bounded = [estimate for estimate in estimates if estimate.low is not None]
+    assert len(bounded) > 0.85 * SERIES
+    # Where the slope cannot be told from zero any batch is possible, the true one with them.
+    covered = sum(estimate.low <= 100 <= estimate.high for estimate in bounded) + SERIES - len(bounded)
+    assert 0.92 <= covered / SERIES <= 0.98
+
+
+def test_the_bounds_are_where_the_prediction_band_meets_the_value():
+    line = fit_line([1, 2, 3, 5, 9], [2.1, 3.9, 6.2, 9.8, 18.3])
+    solved = line.solve(15)
+    assert line.at(solved.low).high == pytest.approx(15)
+    assert line.at(solved.high).low == pytest.approx(15)
+    assert line.at(solved.value).value == pytest.approx(15)
+    falling = fit_line([1, 2, 3, 5, 9], [-2.1, -3.9, -6.2, -9.8, -18.3]).solve(-15)
+    assert falling[:3] == pytest.approx(solved[:3])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 10**6)), min_size=3, max_size=12, unique_by=lambda p: p[0]),
+    st.randoms(),
+    st.sampled_from([0.5, 2.0, 1024.0]),
+)
+def test_a_line_knows_neither_order_nor_unit(points, rng, factor):
+    def figures(points, x_unit=1.0, y_unit=1.0):
+        line = fit_line([x * x_unit for x, _ in points], [y * y_unit for _, y in points])
+        at = line.at(2000 * x_unit)
+        return [value / y_unit for value in at[:3]] + [line.slope * x_unit / y_unit]
+
+    shuffled = rng.sample(points, len(points))
+    expected = pytest.approx(figures(points), rel=1e-6, abs=1e-3)
+    assert figures(shuffled) == expected
+    assert figures(points, x_unit=factor) == expected
+    assert figures(points, y_unit=factor) == expected
+
+
+def test_points_on_a_line_leave_no_doubt():
+    solved = fit_line([1, 2, 4, 8], [5, 7, 11, 19]).solve(203)
+    assert solved[:3] == pytest.approx((100, 100, 100))
+
+
+def test_two_points_have_a_line_and_no_interval():
+    line = fit_line([1, 2], [10, 20])
+    assert line.at(5) == Estimate(50, None, None, 2, 2.0)
+    assert line.solve(50) == Estimate(5, None, None, 2, 2.0)
+
+
+def test_a_slope_that_could_be_zero_bounds_nothing():
+    line = fit_line([1, 2, 3, 4], [5, 9, 2, 6.5])
+    assert line.solve(100).low is line.solve(100).high is None
+    assert line.at(100).low is not None
+    assert fit_line([1, 2, 3], [5, 5, 5]).solve(6) is None
+
+
+def test_points_without_two_places_make_no_line():
+    assert fit_line([3], [1]) is None
+    assert fit_line([0.1] * 3, [1, 2, 3]) is None
+
+
+def test_a_line_refuses_nonsense():
+    for x, y in (([], []), ([1, 2], [1]), ([1, math.inf], [1, 2])):
+        with pytest.raises(ValueError, match=r"no values|as many|finite"):
+            fit_line(x, y)
+    with pytest.raises(ValueError, match="level"):
+        fit_line([1, 2, 3], [1, 2, 4]).at(1, level=1)

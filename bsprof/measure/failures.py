@@ -245,19 +245,28 @@ _HOST_ASKED = (
 )
 
 
+_ONEDNN = re.compile(r"could not create a (?:primitive|memory object)(?! descriptor)")
+"""All that oneDNN says when an allocation of its own failed. It may mean something else, but hardly under a limit."""
+
+
 def _host_memory(failure: _Failure, phase: str | None) -> Outcome | None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    limited = limit != resource.RLIM_INFINITY
     no_memory = isinstance(failure.error, MemoryError) or getattr(failure.error, "errno", None) == errno.ENOMEM
-    if not (no_memory or _HOST.search(failure.text)):
+    in_onednn = limited and _ONEDNN.search(failure.text)
+    if not (no_memory or in_onednn or _HOST.search(failure.text)):
         return None
     asked = next((size for pattern in _HOST_ASKED if (size := _size(pattern, failure.text)) is not None), None)
     evidence: Evidence = {} if asked is None else {"asked_bytes": asked}
-    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if limit != resource.RLIM_INFINITY:
+    if limited:
         evidence["limit_bytes"] = limit
     message = f"host memory ran out{failure.where}"
-    if asked is not None:
+    if in_onednn:
+        evidence["library"] = "oneDNN"
+        message += f": oneDNN {in_onednn[0]} under a limit of {_words(limit)}"
+    elif asked is not None:
         message += f": {_words(asked)} asked"
-        message += f" under a limit of {_words(limit)}" if limit != resource.RLIM_INFINITY else ""
+        message += f" under a limit of {_words(limit)}" if limited else ""
     return _outcome("host_oom", message, SMALLER_LOADER, phase, failure, evidence)
 
 

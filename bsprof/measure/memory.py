@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from bsprof import cgroup
+from bsprof.errors import BsprofError
 from bsprof.model import Memory
 
 _SELF = Path("/proc/self")
@@ -47,24 +48,27 @@ def watch(device: torch.device) -> Watch:
     return _HostWatch() if device.type == "cpu" else _DeviceWatch(device)
 
 
-def withhold(device: torch.device, margin: float) -> int | None:
+def withhold(device: torch.device, margin: float) -> int:
     """Keep the share `margin` of the memory from this process, before it takes any, and return what it may have.
 
     On CUDA and XPU that is a share of what is *free* now, the context of this process already paid for. On a CPU the
-    limit on private memory (RLIMIT_DATA) is lowered by that share. None, and nothing is withheld, where there is no
-    limit to lower or the backend knows none. `Memory.total` tells afterwards what was in force. Raises what the driver
+    limit on private memory (RLIMIT_DATA) is lowered by that share. `Memory.total` tells afterwards what was in force.
+    Raises BsprofError where there is no limit to lower or the backend knows none, and lets through what a driver
     raises: a search whose margin was silently not kept would find a batch too large.
     """
     if device.type == "cpu":
         limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if limit == resource.RLIM_INFINITY:
-            return None
+            raise BsprofError("--max-batch: this process has no limit to keep a margin of", hint="give --host-memory")
         allowed = int(limit * (1 - margin))
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
         return allowed
     backend: Any = torch.get_device_module(device)
     if not (hasattr(backend, "mem_get_info") and hasattr(backend, "set_per_process_memory_fraction")):
-        return None
+        raise BsprofError(
+            f"--max-batch: torch cannot keep a process from a part of {device.type}'s memory",
+            hint="try batches one by one: --batch-size 32,64,128",
+        )
     index = _index(device, backend)
     free, total = backend.mem_get_info(index)
     allowed = int(free * (1 - margin))

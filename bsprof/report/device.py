@@ -92,7 +92,7 @@ _COLUMNS = (
     _Shown("launches", "launches", _whole, "launches: of kernels, a step"),
     _Shown("overlap", "overlap", _times, "overlap: phases one at a time (alone) - mean step"),
     _Shown("peak", "peak_memory", _sizes),
-    _Shown("reserved", "reserved_memory", _sizes, "reserved: what the allocator held for it"),
+    _Shown("reserved", "reserved_memory", _sizes),
     _Shown("frag", "fragmentation", _shares, "frag: 1 - peak / reserved"),
     _Shown("power W", "power", _whole),
     _Shown("SM MHz", "sm_clock", _whole),
@@ -109,7 +109,7 @@ def _render_each(cases: Sequence[CaseSummary], varying: Sequence[str], console: 
         suffix, cells = shown.write([case.value(shown.key) for case in cases])
         if any(cell != MISSING for cell in cells):
             columns.append(column(shown.header + suffix, cells))
-            explained += [_held(cases)] if shown.key == "peak_memory" else [shown.explain] if shown.explain else []
+            explained += _held(shown.key, cases) if shown.key in _POOLS else [shown.explain] if shown.explain else []
     columns[1:1] = _launch_bound(cases)
     columns += _binding(cases)
     if columns and columns[-1].header == "ceiling":
@@ -138,9 +138,19 @@ def _parts(axes: list[Column], columns: Sequence[Column], width: int) -> Iterato
     yield [*axes, *part]
 
 
-def _held(cases: Sequence[CaseSummary]) -> str:
-    pools = {reading.memory.pool for case in cases for reading in case.readings if reading.memory}
-    return "peak: most memory in live tensors" if pools == {"device"} else "peak: most memory resident"
+_POOLS = {
+    "peak_memory": {"device": "peak: most memory in live tensors", "host": "peak: most memory resident"},
+    "reserved_memory": {
+        "device": "reserved: what the allocator held for it",
+        "host": "reserved: most private memory mapped, touched or not",
+    },
+}
+"""What sizes mean, by whose memory it is."""
+
+
+def _held(key: str, cases: Sequence[CaseSummary]) -> list[str]:
+    pools = sorted({reading.memory.pool for case in cases for reading in case.readings if reading.memory})
+    return [_POOLS[key][pool] for pool in pools]
 
 
 def _launch_bound(cases: Sequence[CaseSummary]) -> list[Column]:
@@ -342,10 +352,10 @@ def _render_growth(cases: Sequence[CaseSummary], varying: Sequence[str], console
         text += figures.size(growth.peak.value)
         if growth.peak.low is not None and growth.peak.high is not None:
             text += f" ({figures.size(growth.peak.low)} to {figures.size(growth.peak.high)})"
-        if growth.largest is not None and growth.limit is not None:
-            text += f"; {figures.size(growth.limit)} would hold a batch of about {growth.largest.value:.0f}"
-            if growth.largest.low is not None and growth.largest.high is not None:
-                text += f" ({growth.largest.low:.0f} to {growth.largest.high:.0f})"
+        largest, limit = growth.largest, growth.limit
+        if limit is not None and largest is not None and largest.low is not None and largest.high is not None:
+            text += f"; {figures.size(limit)} would hold a batch of about {largest.value:.0f}"
+            text += f" ({largest.low:.0f} to {largest.high:.0f})"
         print_words(console, text)
     if grown:
         print_words(

@@ -152,3 +152,8 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 def _three_digits(value: float) -> str:
     size = abs(value)
     return f"{value:.{0 if size >= 99.95 else 1 if size >= 9.995 else 2}f}"
+
+
+def is_telling(interval: tuple[float, float]) -> bool:
+    """Say whether a share's interval tells anything: one as wide as the whole on either side does not."""
+    return interval[1] - interval[0] < 2.0

@@ -22,7 +22,8 @@ def render_largest(result: Result, console: Console) -> None:
     """Print a row for each search of a result, and in words where a search and its prediction disagree."""
     if not result.largest_batches:
         return
-    found = [_Found(one, result.measurements) for one in result.largest_batches]
+    most = result.plan.largest_batch.most if result.plan and result.plan.largest_batch else None
+    found = [_Found(one, result.measurements, most) for one in result.largest_batches]
     cases = [one.case for one in found]
     varying = varying_axes(case.settings for case in cases)
     names = axis_columns(cases, varying)
@@ -67,10 +68,11 @@ def render_searches(cases: Sequence[Case], plan: Plan, search: LargestBatchSearc
 
 
 class _Found:
-    """One search beside the measurements that were made for it."""
+    """One search beside the measurements that were made for it; no batch above `most` was to be tried."""
 
-    def __init__(self, search: LargestBatch, measurements: Sequence[Measurement]) -> None:
+    def __init__(self, search: LargestBatch, measurements: Sequence[Measurement], most: int | None) -> None:
         self.search = search
+        self._most = most
         self.case = _without_batch(Case(key=case_key(search.settings), settings=search.settings))
         self._by_key = {m.case.key: m for m in measurements}
         beyond = (batch for batch in sorted(map(int, search.tried)) if batch > (search.batch_size or 0))
@@ -127,8 +129,7 @@ class _Found:
                 f"{self._how(self._ended_by)}{': ' if message else ''}{message}"
             )
         elif not search.complete:
-            at_most = self._failed is None and search.batch_size is not None
-            why = "no larger batch was to be tried" if at_most else "it is not finished"
+            why = "no larger batch was to be tried" if search.batch_size == self._most else "it is not finished"
             remarks.append(f"{name}: the search has no end: {why}")
         low, high = search.predicted_low, search.predicted_high
         if not search.complete or not search.batch_size or self._failed is None or low is None or high is None:

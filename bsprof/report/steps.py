@@ -151,8 +151,8 @@ def _count(value: float | None) -> str:
 
 def _distortion(case: CaseSummary, *, with_interval: bool) -> str:
     value, interval = case.value("distortion"), case.interval("distortion")
-    if value is None or interval is None:
-        return MISSING  # one pair of blocks says nothing
+    if value is None or interval is None or not figures.is_telling(interval):
+        return MISSING  # one pair of blocks says nothing, and two say hardly more
     text = _table_share(value, signed=True)
     return f"{text} ±{max(interval[1] - value, value - interval[0]):.1%}" if with_interval else text
 

@@ -10,7 +10,7 @@ from bsprof import findings
 from bsprof.findings import alike, differ
 from bsprof.metrics import CaseSummary, summarise, varying_axes
 from bsprof.model import Result
-from bsprof.report.figures import case_name, ceiling_name, duration, energy, percent, plural, rate
+from bsprof.report.figures import case_name, ceiling_name, duration, energy, is_telling, percent, plural, rate
 
 # TensorFlow's input-pipeline analyzer calls a program highly or moderately input-bound from these shares on.
 _HIGHLY, _MODERATELY = 0.20, 0.05
@@ -354,7 +354,7 @@ class _Told:
         shares = [share for share in samplers if share is not None]
         if shares:
             parts.append(f"telemetry takes {percent(max(shares))} of one core{_at_most(self.ok, '')}")
-        known = [case for case in self.ok if case.interval("distortion") is not None]
+        known = [case for case in self.ok if (seen := case.interval("distortion")) and is_telling(seen)]
         if known:
             clear = [case for case in known if _excludes_zero(case)]
             worst = max(clear or known, key=lambda case: abs(case.value("distortion") or 0.0))

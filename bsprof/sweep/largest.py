@@ -73,7 +73,9 @@ def search(
             swept = sweep([Case(key=case_key(probe), settings=probe)], trying, executor, log, watcher, stop)
             measurements.extend(swept.measurements)
             failure = swept.failure
-            tried |= _tried(case.settings, swept.measurements)
+            if not (finished := _tried(case.settings, swept.measurements)):
+                break
+            tried |= finished
         found.append(_conclude(case.settings, plan.largest_batch, tried))
     return Searched(Swept(measurements, stop.requested, failure), found)
 
@@ -85,7 +87,7 @@ def probe_plan(plan: Plan) -> Plan:
     steps = max(2, math.ceil(plan.largest_batch.steps / 2))
     # What takes longer than the deadline ends as a time-out; it never counts as survived after fewer steps.
     stop = Stop(precision=0.999, min_steps=steps, max_steps=steps, max_case_time_s=plan.deadline_s)
-    return msgspec.structs.replace(plan, stop=stop, repeat=1, serialised_steps=0, profile_steps=0)
+    return msgspec.structs.replace(plan, stop=stop, repeat=1, serialised_steps=0, profile_steps=0, telemetry_hz=0.0)
 
 
 def next_batch(tried: Mapping[int, Measurement], most: int) -> int | None:
