@@ -1,0 +1,1 @@
+"""Measurements of bsprof itself; none of this is installed."""
