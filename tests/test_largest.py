@@ -190,9 +190,9 @@ def test_the_prediction_has_seen_no_batch_above_half_of_the_answer():
     assert found.memory_bytes == 21_000
 
 
-def test_without_three_peaks_there_is_no_prediction_interval():
+def test_without_three_peaks_there_is_no_prediction():
     found = only(run(Machine(lambda batch: batch, 20)))
-    assert (found.predicted_low, found.predicted_high) == (None, None)
+    assert (found.predicted, found.predicted_low, found.predicted_high) == (None, None, None)
 
 
 def test_another_failure_ends_that_search_and_is_kept():

@@ -410,7 +410,7 @@ def test_what_a_stage_raises_comes_through_with_its_phase_and_the_profiler_stops
 
 
 def test_another_profiler_around_the_window_is_said_and_goes_on():
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as outer:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True) as outer:
         with pytest.raises(BsprofError, match="another profiler") as caught:
             profiling.profile(network(), 1, CPU)
         torch.ones(2).add(1)
@@ -426,7 +426,7 @@ def test_a_profiler_inside_the_training_loop_is_said(only_first):
     def forward() -> None:
         calls.append(1)
         if len(calls) == 1 or not only_first:
-            with torch.profiler.profile(activities=[ProfilerActivity.CPU]):
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True):
                 torch.ones(2).add(1)
 
     with pytest.raises(BsprofError, match="a profiler of its own"):

@@ -194,6 +194,8 @@ def _conclude(settings: Settings, asked: LargestBatchSearch, tried: Mapping[int,
     available = _available(tried)
     smaller = [(batch, peak) for batch, peak in _peaks(tried).items() if 2 * batch <= largest]
     predicted = _solve(smaller, available)
+    if predicted is not None and (predicted.low is None or predicted.high is None):
+        predicted = None  # two points, or a line that does not rise for sure: it would be a guess
     return LargestBatch(
         settings=settings,
         batch_size=largest or None,
