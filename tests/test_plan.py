@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bsprof import store
 from bsprof.errors import BsprofError
 from bsprof.metrics import varying_axes
 from bsprof.model import AXES, Accelerator, Axes, Environment, Plan, Settings, case_key
@@ -222,3 +225,36 @@ def test_collapsing_twice_changes_nothing(many):
 
 def test_time_for_a_case_shrinks_with_their_number_but_not_below_what_warming_up_takes():
     assert case_time_s(9, quick=False) > case_time_s(12, quick=False) >= case_time_s(1000, quick=False) == 5.0
+
+
+# --- plans that come along ----------------------------------------------------------------------------
+
+PLANS = Path(__file__).parents[1] / "benchmarks" / "plans"
+
+
+def test_the_founding_table_has_its_fourteen_rows():
+    assert len(expand(store.read_plan(PLANS / "founding.toml"), GPU).cases) == 14
+
+
+def test_cudnns_switches_are_never_varied_together_alone():
+    """All four combinations at each batch size: the effect of one switch cannot be taken for the other's."""
+    plan = store.read_plan(PLANS / "cudnn_grid.toml")
+    found: dict[int, set[tuple[bool | None, bool | None]]] = {}
+    for case in expand(plan, GPU).cases:
+        assert case.settings is not None
+        switches = (case.settings.cudnn_benchmark, case.settings.cudnn_deterministic)
+        found.setdefault(case.settings.batch_size, set()).add(switches)
+    assert set(found) == {32, 128}
+    for combinations in found.values():
+        assert combinations == {(False, False), (False, True), (True, False), (True, True)}
+    on_cpu = expand(plan, CPU)
+    assert {case.settings.batch_size for case in on_cpu.cases if case.settings} == {32, 128}
+    assert len(on_cpu.cases) == 2 * plan.repeat
+    assert {note.code for note in on_cpu.notes} == {"axis_collapsed"}
+
+
+@pytest.mark.parametrize("machine", [CPU, MPS])
+def test_ranges_for_nsight_need_cuda(machine):
+    with pytest.raises(BsprofError, match="nvtx: there is no CUDA device"):
+        expand(Plan(nvtx=True), machine)
+    assert expand(Plan(nvtx=True), GPU).cases
