@@ -19,8 +19,9 @@ from torch.utils.data import IterableDataset
 
 from bsprof import store
 from bsprof.measure import case as measuring
-from bsprof.metrics import METRICS, CaseSummary, Reading, summarise
+from bsprof.metrics import METRICS, CaseSummary, summarise
 from bsprof.model import PHASES, Case, Environment, Measurement, Plan, Samples, Settings, Stop, case_key
+from bsprof.readings import Reading
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.plan import collapse
 from bsprof.sweep.runner import ProcessExecutor

@@ -21,6 +21,7 @@ FLOORS = {
     "compare": 1,
     "findings": 1,
     "metrics": 1,
+    "readings": 1,
     "stats": 1,
     "loader": 2,
     "measure": 2,

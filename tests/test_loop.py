@@ -16,8 +16,9 @@ from bsprof.errors import BsprofError
 from bsprof.measure import loop
 from bsprof.measure.loop import Training, run_block, running_phase
 from bsprof.measure.tape import Tape
-from bsprof.metrics import METRICS, Reading
+from bsprof.metrics import METRICS
 from bsprof.model import PHASES, Samples, Settings
+from bsprof.readings import Reading
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bsprof import findings
-from bsprof.metrics import METRICS, CaseSummary, Reading, Unit, find_metric, phase_metrics, summarise, varying_axes
+from bsprof.metrics import METRICS, CaseSummary, Unit, find_metric, phase_metrics, summarise, varying_axes
 from bsprof.model import (
     AXES,
     Backends,
@@ -30,6 +30,7 @@ from bsprof.model import (
     Telemetry,
     case_key,
 )
+from bsprof.readings import Reading
 from bsprof.stats import Estimate
 
 MS = 1_000_000

@@ -1,0 +1,151 @@
+"""One process's samples as arrays: what every metric reads.
+
+All times are in seconds. Phases are *means* over the steady steps, because only means add up:
+phases + other = mean step.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from bsprof import ceilings, stats
+from bsprof.ceilings import Bound
+from bsprof.model import Block, Ceilings, Measurement, Memory, Profile, Samples, Startup, Telemetry
+from bsprof.stats import Estimate
+
+Floats = npt.NDArray[np.float64]
+
+
+class Reading:
+    """The samples of one process as arrays, each converted once and only if a metric asks for it.
+
+    `measurement` adds what was captured beside the samples (profile, memory, telemetry), `rates` what the machine can
+    do.
+
+    The *primary clock* is the device's where it was captured, else the host's. Steady steps are all steps but
+    those in which an epoch ended.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        startup: Startup | None = None,
+        measurement: Measurement | None = None,
+        rates: Ceilings | None = None,
+    ) -> None:
+        self.samples = samples
+        self.startup = startup
+        self.settings = measurement.case.settings if measurement else None
+        self.facts = measurement.facts if measurement else None
+        self.memory: Memory | None = measurement.memory if measurement else None
+        self.profile: Profile | None = measurement.profile if measurement else None
+        self.telemetry: Telemetry | None = measurement.telemetry if measurement else None
+        self._serialised = measurement.serialised if measurement else None
+        self._rates = rates
+        self.has_device_clock = samples.device_step_ns is not None
+
+    @cached_property
+    def _steady(self) -> npt.NDArray[np.bool_]:
+        steady = np.ones(len(self.samples.step_ns), dtype=np.bool_)
+        steady[self.samples.epoch_boundaries] = False
+        return steady
+
+    def _seconds(self, ns: list[int]) -> Floats:
+        return np.asarray(ns, dtype=np.float64)[self._steady] * 1e-9
+
+    def _means(self, phases: dict[str, list[int]]) -> dict[str, float]:
+        return {phase: float(self._seconds(ns).mean()) for phase, ns in phases.items()} if self._steady.any() else {}
+
+    @cached_property
+    def step(self) -> Floats:
+        """Steady step times on the primary clock, in seconds."""
+        device = self.samples.device_step_ns
+        return self._seconds(self.samples.step_ns if device is None else device)
+
+    @cached_property
+    def median(self) -> Estimate | None:
+        """Median step with its 95 % interval at the effective sample size, within this process."""
+        return stats.median(self.step) if self.step.size else None
+
+    @cached_property
+    def mean(self) -> float | None:
+        """Mean step in seconds: what phases and `other` add up to."""
+        return float(self.step.mean()) if self.step.size else None
+
+    @cached_property
+    def host(self) -> dict[str, float]:
+        """Mean host seconds of each phase in a steady step."""
+        return self._means(self.samples.host_ns)
+
+    @cached_property
+    def device(self) -> dict[str, float]:
+        """Mean device seconds of each phase in a steady step; empty where the device has no clock of its own."""
+        return self._means(self.samples.device_ns or {})
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Mean seconds of each phase on the primary clock."""
+        return self.device if self.has_device_clock else self.host
+
+    @cached_property
+    def serialised(self) -> dict[str, float]:
+        """Mean seconds of each phase with a synchronisation at each boundary; empty where that was not run."""
+        phases = self._serialised.host_ns if self._serialised else {}
+        return {phase: statistics.fmean(ns) * 1e-9 for phase, ns in phases.items() if ns}
+
+    @cached_property
+    def bounds(self) -> list[Bound]:
+        """The least time that each measured ceiling leaves a step, the binding one first; empty where none is known."""
+        if self.settings is None or self.facts is None or self._rates is None or self.median is None:
+            return []
+        return ceilings.bounds(self.settings, self.facts, self.median.value, self._rates)
+
+    @property
+    def mfu(self) -> float | None:
+        """The step's floating-point operations a second as a share of the matrix rate measured on this device."""
+        if self.facts is None or self._rates is None or self.median is None:
+            return None
+        return ceilings.mfu(self.facts, self.median.value, self._rates)
+
+    def during(self, column: str) -> list[float]:
+        """Return what telemetry told of the device within the timed window; empty where it told nothing."""
+        told = self.telemetry
+        if told is None or column not in told.device:
+            return []
+        rows = zip(told.time_ns, told.device[column], strict=False)  # a sampler may be cut off
+        return [value for at, value in rows if value is not None and 0 <= at <= told.window_ns]
+
+    @cached_property
+    def distortion(self) -> Estimate | None:
+        """What recording adds to a step, as a fraction: instrumented / bare - 1, over neighbouring blocks."""
+        pairs = _neighbours(self.samples.blocks)
+        if not pairs:
+            return None
+        return excess(stats.paired_ratio([a for a, _ in pairs], [b for _, b in pairs]))
+
+
+def excess(ratio: Estimate) -> Estimate:
+    """Return the estimate of ratio - 1."""
+    low, high = (None if bound is None else bound - 1 for bound in (ratio.low, ratio.high))
+    return ratio._replace(value=ratio.value - 1, low=low, high=high)
+
+
+def _neighbours(blocks: Sequence[Block]) -> list[tuple[float, float]]:
+    """Nanoseconds a step of each (instrumented, bare) pair of neighbours; no block is used twice."""
+    pairs: list[tuple[float, float]] = []
+    waiting: Block | None = None
+    for block in blocks:
+        if block.steps < 1 or block.wall_ns < 1:
+            waiting = None
+        elif waiting is None or waiting.kind == block.kind:
+            waiting = block
+        else:
+            both = {one.kind: (one.device_wall_ns or one.wall_ns) / one.steps for one in (waiting, block)}
+            pairs.append((both["instrumented"], both["bare"]))
+            waiting = None
+    return pairs
