@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -25,6 +26,10 @@ KEEP_BUSY_NS = 1_000_000
 """Each phase's sleep on the device: longer than the host takes to launch the tiny model's phase."""
 CALIBRATION_CYCLES = 20_000_000
 """About 10 ms of a GPU at 2 GHz."""
+CALIBRATIONS = (30, 100)
+"""Sleeps that are timed, at the least and at the most: it may take some 100 ms until an idle GPU has its full clock."""
+CALIBRATED_SPREAD = 0.002
+"""Spread of the last five rates at which the clock counts as settled; far below what a delay may be wrong by."""
 TOLERANCE = 0.01
 TOLERANCE_NS = 100_000
 """A planted delay may come back wrong by the larger of the two; a neighbour may move by as much."""
@@ -65,12 +70,14 @@ def cuda_sleep(device: torch.device, events: DeviceClock) -> Sleep | None:
     if device.type != "cuda":
         return None
     spend: Callable[[int], None] = torch.cuda._sleep
-    spend(CALIBRATION_CYCLES)  # let the clock rise from idle
-    rates = []
-    for _ in range(5):
+    least, most = CALIBRATIONS
+    rates: deque[float] = deque(maxlen=5)
+    for timed in range(1, most + 1):
         before = events.stamp()
         spend(CALIBRATION_CYCLES)
         rates.append(CALIBRATION_CYCLES / events.span_ns(before, events.stamp()))
+        if timed >= least and max(rates) <= (1 + CALIBRATED_SPREAD) * min(rates):
+            break
     cycles_per_ns = sorted(rates)[2]
     return lambda nanoseconds: spend(round(nanoseconds * cycles_per_ns))
 
