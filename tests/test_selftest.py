@@ -204,7 +204,7 @@ def test_a_cuda_sleep_is_not_counted_while_the_clock_still_rises(monkeypatch):
     queue, slept = Queue(), count()
 
     def spend(cycles: int) -> None:
-        queue.rate = 5.0 / min(5.0, 1 + max(0, next(slept) - 20) / 5)  # from 0.2 to 1 cycle a nanosecond
+        queue.rate = 5.0 / min(5.0, 1 + max(0, next(slept) - 2) / 5)  # from 0.2 to 1 cycle a nanosecond
         queue.sleep(cycles)
 
     monkeypatch.setattr(torch.cuda, "_sleep", spend)

@@ -26,8 +26,8 @@ KEEP_BUSY_NS = 1_000_000
 """Each phase's sleep on the device: longer than the host takes to launch the tiny model's phase."""
 CALIBRATION_CYCLES = 20_000_000
 """About 10 ms of a GPU at 2 GHz."""
-CALIBRATIONS = (30, 100)
-"""Sleeps that are timed, at the least and at the most: it may take some 100 ms until an idle GPU has its full clock."""
+CALIBRATION_NS = (300_000_000, 2_000_000_000)
+"""Sleeps are timed for so long, at the least and at the most: an idle GPU does not have its full clock at once."""
 CALIBRATED_SPREAD = 0.002
 """Spread of the last five rates at which the clock counts as settled; far below what a delay may be wrong by."""
 TOLERANCE = 0.01
@@ -70,13 +70,16 @@ def cuda_sleep(device: torch.device, events: DeviceClock) -> Sleep | None:
     if device.type != "cuda":
         return None
     spend: Callable[[int], None] = torch.cuda._sleep
-    least, most = CALIBRATIONS
+    least_ns, most_ns = CALIBRATION_NS
     rates: deque[float] = deque(maxlen=5)
-    for timed in range(1, most + 1):
+    slept_ns = 0
+    while True:
         before = events.stamp()
         spend(CALIBRATION_CYCLES)
-        rates.append(CALIBRATION_CYCLES / events.span_ns(before, events.stamp()))
-        if timed >= least and max(rates) <= (1 + CALIBRATED_SPREAD) * min(rates):
+        slept_ns += (taken_ns := events.span_ns(before, events.stamp()))
+        rates.append(CALIBRATION_CYCLES / taken_ns)
+        settled = slept_ns >= least_ns and max(rates) <= (1 + CALIBRATED_SPREAD) * min(rates)
+        if len(rates) == 5 and (settled or slept_ns >= most_ns):
             break
     cycles_per_ns = sorted(rates)[2]
     return lambda nanoseconds: spend(round(nanoseconds * cycles_per_ns))
