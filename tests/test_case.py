@@ -510,6 +510,14 @@ def test_steps_that_the_device_has_yet_to_pass_count_for_the_precision_reached(d
     assert "precision_not_reached" not in codes(measurement)
 
 
+def test_work_that_the_device_has_yet_to_do_counts_as_time(device, monkeypatch):
+    """50 ms a step that the host is done with at once: it could queue minutes of work within the time it has."""
+    monkeypatch.setattr(OnDevice, "work_ns", 50_000_000)
+    measurement = measure(settings(model=OnDevice), max_case_time_s=2.0, precision=0.001)
+    steps = len(samples_of(measurement).warmup_ns) + sum(block.steps for block in samples_of(measurement).blocks)
+    assert 8 <= steps <= 60
+
+
 def test_the_queue_is_filled_before_the_first_block_and_events_are_made_before_that(device, monkeypatch):
     told: list[str] = []
     run_block = measuring.run_block

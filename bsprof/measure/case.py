@@ -57,9 +57,9 @@ BLOCK_SHARE = 1 / 50
 LARGEST_BLOCK = 1000
 """Steps."""
 LEAD_IN = 3
-"""Steps, at the least, that fill an accelerator's queue again after the last synchronisation of the warm-up. A block's
-worth is run where that is more: the further the host gets ahead, the more page-locked buffers are made for batches on
-their way."""
+"""Steps that fill an accelerator's queue again after the last synchronisation of the warm-up: fewer where they would
+take a quarter of the time left, and a block's worth where that is more, because the further the host gets ahead, the
+more page-locked buffers are made for batches on their way."""
 MEMORY_STEPS = 3
 """The caching allocator asks the driver for nothing new after a few steps."""
 INSPECTION_SHARE = 0.25
@@ -307,7 +307,8 @@ class CaseRun:
         if self._on_device:
             # While events are made the device runs dry: before it is given work, not inside the first block.
             self._tape.reserve(size * len(self.stages) + 1)
-            run_block(self._stages, max(LEAD_IN, size), None)
+            fits = (end_ns - host_clock()) // self._recent_step_ns()
+            run_block(self._stages, max(min(LEAD_IN, fits // 4), size), None)
         self._memory.begin()
         window = CounterWindow()
         begin_ns = host_clock()
@@ -317,17 +318,22 @@ class CaseRun:
             for kind in ("instrumented", "bare") if pair % 2 == 0 else ("bare", "instrumented"):
                 self._run_block(kind, size)
             pair += 1
-            precision = self._precision()
+            seen = self._seen_step_ns()
+            precision = stats.median(seen).precision if seen else None
             steps = len(self._step_ns)
             self.emit("measure", steps, precision)
             precise = precision is not None and precision <= stop.precision and steps >= stop.min_steps and pair >= 2
-            if precise or steps >= stop.max_steps or host_clock() > end_ns:
+            # A host that is far ahead has given the device work beyond this moment: as many bare steps as these.
+            # A try for the largest batch has to survive all its steps; the parent's deadline ends it.
+            queued = 0 if self.plan.largest_batch else 2 * max(0, steps - len(seen) - 1)
+            if precise or steps >= stop.max_steps or host_clock() + queued * self._recent_step_ns() > end_ns:
                 break
         window.close()
         self._memory.end()
         self._settle()
         if not precise:  # on steps that the device had not passed yet as well
-            precision = self._precision()
+            seen = self._seen_step_ns()
+            precision = stats.median(seen).precision if seen else None
             precise = precision is not None and precision <= stop.precision
         if not precise and not self.plan.largest_batch:
             reached = "no interval" if precision is None else f"±{precision:.1%}"
@@ -344,10 +350,10 @@ class CaseRun:
         if loss is not None and not math.isfinite(loss):
             self._note("loss_not_finite", f"the loss was {loss} at the end")
 
-    def _precision(self) -> float | None:
-        """Return the precision of the median step so far; a device's is of what it has passed, told without waiting."""
-        seen = self._step_ns if self._device_clock is None else self._tape.passed_step_ns()
-        return stats.median(seen).precision if seen else None
+    def _seen_step_ns(self) -> list[int]:
+        """Return the steps timed so far; where the device has a clock those that it has passed. Never waits."""
+        passed = self._tape.passed_step_ns()
+        return self._step_ns if passed is None else passed
 
     def _run_block(self, kind: str, size: int) -> None:
         first, events = len(self._tape), self._device_clock
