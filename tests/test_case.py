@@ -518,6 +518,15 @@ def test_work_that_the_device_has_yet_to_do_counts_as_time(device, monkeypatch):
     assert 8 <= steps <= 60
 
 
+def test_telemetry_is_of_the_blocks_and_not_of_the_lead_in_that_the_device_still_had_to_do(device, monkeypatch):
+    monkeypatch.setattr(OnDevice, "work_ns", 30_000_000)
+    windows: list[int] = []
+    monkeypatch.setattr(measuring.CaseRun, "_read_telemetry", lambda _, begin, end: windows.append(end - begin))
+    samples = samples_of(measure(settings(model=OnDevice), max_case_time_s=10, min_steps=4, max_steps=4))
+    worked_ns = sum(block.device_wall_ns or 0 for block in samples.blocks)
+    assert windows == [pytest.approx(worked_ns, rel=0.15)]
+
+
 def test_the_queue_is_filled_before_the_first_block_and_events_are_made_before_that(device, monkeypatch):
     told: list[str] = []
     run_block = measuring.run_block

@@ -339,7 +339,12 @@ class CaseRun:
             reached = "no interval" if precision is None else f"±{precision:.1%}"
             text = f"{reached} after {steps} steps; asked for ±{stop.precision:.1%}"
             self._note("precision_not_reached", text)
-        self._read_telemetry(begin_ns, host_clock())
+        done_ns = host_clock()
+        if self._device_clock is not None:
+            # When the host began, the device may still have had the lead-in before it: energy is that of the blocks.
+            first, last = self._block_stamps[0][0], self._block_stamps[-1][1]
+            begin_ns = max(begin_ns, done_ns - self._device_clock.span_ns(first, last))
+        self._read_telemetry(begin_ns, done_ns)
         assert self.facts is not None
         self.facts = msgspec.structs.replace(
             self.facts, backends=backends.in_force(), batch_bytes=self.training.batch_bytes()
