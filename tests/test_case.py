@@ -504,6 +504,53 @@ def test_no_event_is_made_inside_a_block(monkeypatch):
     assert measured.room >= len(measured.times)
 
 
+def test_steps_that_the_device_has_yet_to_pass_count_for_the_precision_reached(device):
+    """The host is done with all steps before the device has passed enough of them for an interval."""
+    measurement = measure(settings(model=OnDevice), max_case_time_s=20, min_steps=12, max_steps=12, precision=0.5)
+    assert len(samples_of(measurement).step_ns) == 12
+    assert "precision_not_reached" not in codes(measurement)
+
+
+def test_work_that_the_device_has_yet_to_do_counts_as_time(device, monkeypatch):
+    """50 ms a step that the host is done with at once: it could queue minutes of work within the time it has."""
+    monkeypatch.setattr(OnDevice, "work_ns", 50_000_000)
+    measurement = measure(settings(model=OnDevice), max_case_time_s=2.0, precision=0.001)
+    steps = len(samples_of(measurement).warmup_ns) + sum(block.steps for block in samples_of(measurement).blocks)
+    assert 8 <= steps <= 60
+
+
+def test_telemetry_is_of_the_blocks_and_not_of_the_lead_in_that_the_device_still_had_to_do(device, monkeypatch):
+    monkeypatch.setattr(OnDevice, "work_ns", 30_000_000)
+    windows: list[int] = []
+    monkeypatch.setattr(measuring.CaseRun, "_read_telemetry", lambda _, begin, end: windows.append(end - begin))
+    samples = samples_of(measure(settings(model=OnDevice), max_case_time_s=10, min_steps=4, max_steps=4))
+    worked_ns = sum(block.device_wall_ns or 0 for block in samples.blocks)
+    assert windows == [pytest.approx(worked_ns, rel=0.15)]
+
+
+def test_the_queue_is_filled_before_the_first_block_and_events_are_made_before_that(device, monkeypatch):
+    told: list[str] = []
+    run_block = measuring.run_block
+
+    def recording(stages, steps, tape):
+        told.append(f"{'bare' if tape is None else 'instrumented'} {steps}")
+        return run_block(stages, steps, tape)
+
+    reserve = measuring.Tape.reserve
+
+    def reserving(tape, marks):
+        told.append(f"room for {marks}")
+        reserve(tape, marks)
+
+    monkeypatch.setattr(measuring, "run_block", recording)
+    monkeypatch.setattr(measuring.Tape, "reserve", reserving)
+    samples = samples_of(measure(settings(model=OnDevice), max_case_time_s=2.0))
+    size = samples.blocks[0].steps
+    room, lead_in, again, first, *_ = told[told.index(f"room for {size * len(PHASES) + 1}") :]
+    assert lead_in == f"bare {max(size, measuring.LEAD_IN)}"
+    assert (room, first) == (again, f"instrumented {size}")
+
+
 def test_a_device_that_fails_leaves_its_outcome_and_no_times(device, fuse, monkeypatch):
     def emit(stage: str, steps: int, precision: float | None) -> None:
         fuse(stage, steps, precision)

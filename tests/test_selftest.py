@@ -197,3 +197,19 @@ def test_a_cuda_sleep_is_counted_against_events(monkeypatch):
     sleep(3_000_000)
     assert queue.now - before == 3_000_000
     assert selftest.cuda_sleep(torch.device("mps"), QueueClock(queue)) is None
+
+
+def test_a_cuda_sleep_is_not_counted_while_the_clock_still_rises(monkeypatch):
+    """An idle GPU stays at its low clock for a while, then rises; a rate from then would make each delay too short."""
+    queue, slept = Queue(), count()
+
+    def spend(cycles: int) -> None:
+        queue.rate = 5.0 / min(5.0, 1 + max(0, next(slept) - 2) / 5)  # from 0.2 to 1 cycle a nanosecond
+        queue.sleep(cycles)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", spend)
+    sleep = selftest.cuda_sleep(torch.device("cuda"), QueueClock(queue))
+    assert sleep is not None
+    before = queue.now
+    sleep(3_000_000)
+    assert queue.now - before == 3_000_000

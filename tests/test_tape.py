@@ -263,6 +263,31 @@ def test_a_loop_of_any_length_takes_a_bounded_number_of_events(monkeypatch):
     assert 10_000 - 3 * clock.POOL < len(events.passed_ns()) < 10_000
 
 
+def test_events_of_a_numbered_device_go_to_its_own_stream(monkeypatch):
+    """Another device may be the current one, and an event by itself would go there."""
+    import torch
+
+    from bsprof.measure import clock
+
+    streams = []
+
+    class OnStream:
+        def __init__(self, device: torch.device, enable_timing: bool) -> None: ...
+
+        def record(self, stream: str | None = None) -> None:
+            streams.append(stream)
+
+    monkeypatch.setattr(clock.torch, "Event", OnStream)
+    monkeypatch.setattr(clock.torch.accelerator, "current_stream", lambda index: f"stream of {index}")
+    for device, expected in (("cuda:1", "stream of 1"), ("cuda", None)):
+        events = clock.EventClock(torch.device(device))
+        events.reserve(1)
+        events.record()
+        events.stamp()
+        assert streams == [expected] * 4
+        streams.clear()
+
+
 @pytest.mark.parametrize("marks", [0, 1, 7])
 def test_reserving_makes_room_on_the_device_too(marks):
     device = FakeDevice([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ SHORT = ("--max-case-time", "4", "--precision", "0.05")
 REHEARSED = ("--max-case-time", "0.4", "--precision", "0.5", "--threads", "1")
 LEFT_BYTES = 64 * 2**20
 """Free memory may differ by this much before and after: what the driver keeps for itself comes and goes."""
+PATIENCE_S = 3.0
+"""A driver may take back what a killed process held a moment after that process has been reaped."""
 BUSY_TOLERANCE = 0.05
 """Kernels of neighbouring phases may overlap a little, and some belong to no phase."""
 BUSY_BORDER = 0.7
@@ -60,7 +63,10 @@ def out_of_memory(stand: Stand) -> Iterator[Line]:
     if before is None:
         yield skip("no device memory is left", "no device")
         return
-    yield judge_left(before, _device_state(stand) or before)
+    end = time.monotonic() + PATIENCE_S
+    while (line := judge_left(before, _device_state(stand) or before)).verdict == "FAIL" and time.monotonic() < end:
+        time.sleep(0.2)
+    yield line
 
 
 def judge_oom(result: Result, *, kind: str = "oom") -> Iterator[Line]:

@@ -104,6 +104,8 @@ def _clocks_agree(device: Device) -> Line:
     for _ in range(3):
         device.wait()
         tape = Tape(clock=device.host_clock, device_clock=device.clock())
+        tape.reserve(2)
+        device.wait()
         start = device.host_clock()
         tape.begin()
         device.sleep(200_000_000)

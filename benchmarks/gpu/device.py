@@ -127,8 +127,8 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
 
     def clock(self) -> DeviceClock | None:
-        """Return bsprof's clock of this device."""
-        return device_clock(self.torch_device)
+        """Return bsprof's clock of this device, unnumbered: the one that `bsprof bench` measures with."""
+        return device_clock(torch.device(self.torch_device.type))
 
     def stopwatch(self) -> Stopwatch:
         """Return plain events."""

@@ -41,7 +41,10 @@ class DeviceClock(Protocol):
 
 
 class EventClock:
-    """Timing events of a `torch.Event` device (CUDA, ROCm, XPU, MPS), recorded on the current stream.
+    """Timing events of a `torch.Event` device (CUDA, ROCm, XPU, MPS), recorded on the current stream of that device.
+
+    An event knows the kind of its device only and records on whichever is current, so where the device is told by
+    number its stream is asked for; that costs a little more.
 
     Events come from a pool and go back to it once they have passed and their interval has been read, so that a loop of
     any length takes a bounded number of them. Intervals are taken between neighbours, because the driver returns
@@ -50,6 +53,7 @@ class EventClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._put = torch.Event.record if device.index is None else _record_on(device.index)
         self._free: list[torch.Event] = []
         self._pending: deque[torch.Event] = deque()
         """Recorded and not yet read; the first one's interval has been read, and it starts the next."""
@@ -66,7 +70,7 @@ class EventClock:
         if not self._free:
             self._refill()
         event = self._free.pop()
-        event.record()
+        self._put(event)
         self._pending.append(event)
 
     def passed_ns(self) -> list[int]:
@@ -83,7 +87,7 @@ class EventClock:
     def stamp(self) -> int:
         """Record an event of its own."""
         event = self._new()
-        event.record()
+        self._put(event)
         self._stamps.append(event)
         return len(self._stamps) - 1
 
@@ -95,7 +99,7 @@ class EventClock:
     def _new(self) -> torch.Event:
         """Return an event that the driver has created: it does so at the first record, and not before."""
         event = torch.Event(device=self._device, enable_timing=True)
-        event.record()
+        self._put(event)
         return event
 
     def _refill(self) -> None:
@@ -114,6 +118,12 @@ class EventClock:
             first = pending.popleft()
             self._intervals.append(_between_ns(first, pending[0]))
             self._free.append(first)
+
+
+def _record_on(index: int) -> Callable[[torch.Event], None]:
+    """Return what records an event on the stream that is current on the device of this number."""
+    stream = torch.accelerator.current_stream
+    return lambda event: event.record(stream(index))
 
 
 def _between_ns(first: torch.Event, last: torch.Event) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -25,6 +26,10 @@ KEEP_BUSY_NS = 1_000_000
 """Each phase's sleep on the device: longer than the host takes to launch the tiny model's phase."""
 CALIBRATION_CYCLES = 20_000_000
 """About 10 ms of a GPU at 2 GHz."""
+CALIBRATION_NS = (300_000_000, 2_000_000_000)
+"""Sleeps are timed for so long, at the least and at the most: an idle GPU does not have its full clock at once."""
+CALIBRATED_SPREAD = 0.002
+"""Spread of the last five rates at which the clock counts as settled; far below what a delay may be wrong by."""
 TOLERANCE = 0.01
 TOLERANCE_NS = 100_000
 """A planted delay may come back wrong by the larger of the two; a neighbour may move by as much."""
@@ -65,12 +70,17 @@ def cuda_sleep(device: torch.device, events: DeviceClock) -> Sleep | None:
     if device.type != "cuda":
         return None
     spend: Callable[[int], None] = torch.cuda._sleep
-    spend(CALIBRATION_CYCLES)  # let the clock rise from idle
-    rates = []
-    for _ in range(5):
+    least_ns, most_ns = CALIBRATION_NS
+    rates: deque[float] = deque(maxlen=5)
+    slept_ns = 0
+    while True:
         before = events.stamp()
         spend(CALIBRATION_CYCLES)
-        rates.append(CALIBRATION_CYCLES / events.span_ns(before, events.stamp()))
+        slept_ns += (taken_ns := events.span_ns(before, events.stamp()))
+        rates.append(CALIBRATION_CYCLES / taken_ns)
+        settled = slept_ns >= least_ns and max(rates) <= (1 + CALIBRATED_SPREAD) * min(rates)
+        if len(rates) == 5 and (settled or slept_ns >= most_ns):
+            break
     cycles_per_ns = sorted(rates)[2]
     return lambda nanoseconds: spend(round(nanoseconds * cycles_per_ns))
 
