@@ -89,6 +89,24 @@ print(json.dumps([private, watch.memory().reserved_peak, limit]))
     assert private <= reserved <= limit
 
 
+@LINUX
+def test_a_limit_next_to_nothing_still_limits():
+    """Linux lets a process with a limit of 0 have what it likes."""
+    allowed, failed = child("""
+resource.setrlimit(resource.RLIMIT_DATA, (1, resource.RLIM_INFINITY))
+allowed = memory.withhold(cpu, 0.05)
+try:
+    torch.empty(512 * MIB, dtype=torch.uint8)
+    failed = False
+except RuntimeError:
+    failed = True
+resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(json.dumps([allowed, failed]))
+""")
+    assert allowed > 0
+    assert failed
+
+
 def test_without_a_window_nothing_was_seen():
     assert memory.watch(CPU).memory() is None
 

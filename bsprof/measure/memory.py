@@ -60,7 +60,7 @@ def withhold(device: torch.device, margin: float) -> int:
         limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if limit == resource.RLIM_INFINITY:
             raise BsprofError("--max-batch: this process has no limit to keep a margin of", hint="give --host-memory")
-        allowed = int(limit * (1 - margin))
+        allowed = max(1, int(limit * (1 - margin)))  # Linux takes a limit of 0 for none
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
         return allowed
     backend: Any = torch.get_device_module(device)
