@@ -70,7 +70,10 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
         try:
             content = exported.read_bytes()
         except OSError as error:  # a full disk is not told by torch
-            raise BsprofError(f"the profiler left no trace: {error.strerror or error}") from error
+            raise BsprofError(
+                f"the profiler left no trace in {directory}: {error.strerror or error}",
+                hint="is that disk full? TMPDIR names another",
+            ) from error
     phases = tuple(phase for phase, _ in stages)
     found = read_trace(content, phases, steps=steps, wall_ns=wall_ns, trace=None if trace is None else str(trace))
     if trace is not None:
