@@ -305,7 +305,9 @@ def _copy(copy: Copy, steps: int, ceilings: Ceilings | None) -> str:
     rate = copy.bytes / copy.ns * 1e9
     text += f" at {figures.rate(rate / 1e9)} GB/s"
     ceiling = ceilings.rates.get(_COPY_CEILINGS.get(copy.direction, "")) if ceilings else None
-    return text if ceiling is None else f"{text}, {figures.percent(rate / ceiling.value)} of the rate measured here"
+    if ceiling is None or not ceiling.value:
+        return text
+    return f"{text}, {figures.percent(rate / ceiling.value)} of the rate measured here"
 
 
 # --- between cases ------------------------------------------------------------------------------------------
