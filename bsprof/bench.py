@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import math
+import os
 import re
 import shlex
 import socket
@@ -83,8 +84,11 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     for note in expansion.notes:
         notices.print(f"note: {note.text}", highlight=False)
     settings = [case.settings for case in expansion.cases if case.settings]
-    if not dry_run:
-        _check_trace(request.trace, plan, expansion.cases)
+    if request.trace:
+        result = past.target if past else Path(request.output or "-")
+        folders = _check_trace(request.trace, plan, expansion.cases, result)
+        if not dry_run:
+            _make_folders(request.trace, folders)
     if dry_run:
         check_names(settings, plan)
         done = {(m.case.key, m.case.process) for m in past.finished()} if past else set()
@@ -357,21 +361,33 @@ def _trace_places(trace: Path | None, cases: Sequence[Case]) -> dict[Case, Path]
     return {case: folder / f"trace-{case.key}-{case.process}.json.gz" for case in cases}
 
 
-def _check_trace(trace: Path | None, plan: Plan, cases: Sequence[Case]) -> None:
-    """Refuse a bad `--trace` before anything is measured, and make its folder."""
-    if trace is None:
-        return
+def _check_trace(trace: Path, plan: Plan, cases: Sequence[Case], result: Path) -> set[Path]:
+    """Refuse a bad `--trace` before anything is measured, and return the folders that it needs."""
     if plan.largest_batch:
         raise BsprofError("--trace: a search for the largest batch profiles nothing", hint="leave --trace out")
-    places = _trace_places(trace, cases)
+    places = set(_trace_places(trace, cases).values())
     if not plan.profile_steps:
         raise BsprofError("--trace: there is no trace without --profile-steps", hint="leave --profile-steps out")
     try:
-        for folder in {place.parent for place in places.values()}:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        if any(place.is_dir() for place in places):
+            raise BsprofError(f"--trace {trace}: is a folder", hint="name a file in it")
     except OSError as error:
         raise BsprofError(f"--trace {trace}: {error.strerror}", hint="name another place") from error
+    if os.path.realpath(result) in {os.path.realpath(place) for place in places}:
+        raise BsprofError(f"--trace {trace}: is where the result goes", hint="name another file")
+    return {place.parent for place in places}
+
+
+def _make_folders(trace: Path, folders: set[Path]) -> None:
+    """Make the folders of the traces, and learn whether files can be written there."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise BsprofError(f"--trace {trace}: {folder} is no folder", hint="name another place") from error
+        except OSError as error:
+            raise BsprofError(f"--trace {trace}: {folder}: {error.strerror}", hint="name another place") from error
 
 
 def _check_output(output: str | None) -> None:

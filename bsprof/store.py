@@ -32,7 +32,7 @@ from typing import Any, Literal, Self, TypeVar
 import msgspec
 
 from bsprof.errors import BsprofError
-from bsprof.model import AXES, SCHEMA, Environment, Measurement, Noun, Plan, Result, Samples, Stop
+from bsprof.model import AXES, SCHEMA, Environment, LargestBatchSearch, Measurement, Noun, Plan, Result, Samples, Stop
 
 T = TypeVar("T")
 
@@ -209,16 +209,20 @@ def _plan_of_result(path: Path, text: bytes) -> Plan:
 _A_PLAN = "a plan reads like: axes = { batch_size = [64, 128], workers = [1, 4] }; `bsprof bench --help` has all axes"
 
 
+_PARTS = {"stop": Stop, "largest_batch": LargestBatchSearch}
+
+
 def _plan_hint(place: str, what: str) -> str | None:
     """Return what to write instead at `place` in a plan, where that can be said."""
     *_, parent, name = ["", *re.sub(r"\[[\d.]*\]", "", place).split(".")]
     axis = AXES.get(name) if parent in ("axes", "blocks") else None
     if what.startswith("unknown"):
-        known = AXES if parent in ("axes", "blocks") else (Stop if parent == "stop" else Plan).__struct_fields__
+        known = AXES if parent in ("axes", "blocks") else _PARTS.get(parent, Plan).__struct_fields__
         near = difflib.get_close_matches(name, known, n=1)
         return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
     if axis and what.startswith("expected array"):
-        return f"an axis takes a list of values: {name} = [{axis.default}]"
+        default = {int: 1, bool: True, str: "auto"}.get(axis.type) if axis.default is None else axis.default
+        return f"an axis takes a list of values: {name} = [{msgspec.json.encode(default).decode()}]"
     if axis and what.startswith("invalid") and typing.get_origin(axis.type) is Literal:
         return f"one of {', '.join(typing.get_args(axis.type))}"
     return None

@@ -671,6 +671,17 @@ def test_a_look_that_fails_costs_a_note_and_not_the_result(monkeypatch):
     assert note.text == "profiler window: RuntimeError: no profiler today"
 
 
+def test_a_trace_that_cannot_be_kept_costs_the_trace_alone(tmp_path):
+    (tmp_path / "taken.json").mkdir()
+    case = Case(key="case", settings=settings())
+    plan = Plan(stop=Stop(max_case_time_s=0.3, precision=NEVER), malloc="default", telemetry_hz=0)
+    trace = tmp_path / "taken.json"
+    found = measuring.measure(case, plan, cache=tmp_path, requested_ns=0, emit=lambda *_: None, trace=trace)
+    assert found.profile is not None and found.profile.operators and found.profile.trace is None
+    (note,) = (note for note in found.notes if note.code == "inspection_failed")
+    assert note.text.startswith("profiler window: --trace: ")
+
+
 def test_long_steps_are_looked_at_in_fewer():
     """8 ms a step and 0.1 s for the case: 5 steps of the profiler would take more than a quarter of it."""
     from factories import Sleepy

@@ -72,6 +72,41 @@ print(json.dumps([peak(16), peak(512)]))
     assert rose > 512 * MIB
 
 
+@LINUX
+def test_private_memory_was_never_more_than_its_limit():
+    """What is reserved without access counts for nothing but the peak of all mappings."""
+    private, reserved, limit = child("""
+import mmap
+private = memory._status()["VmData"]
+limit = private + 64 * MIB
+resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+mmap.mmap(-1, 1024 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+watch = memory.watch(cpu)
+watch.begin()
+watch.end()
+print(json.dumps([private, watch.memory().reserved_peak, limit]))
+""")
+    assert private <= reserved <= limit
+
+
+@LINUX
+def test_a_limit_next_to_nothing_still_limits():
+    """Linux lets a process with a limit of 0 have what it likes."""
+    allowed, failed = child("""
+resource.setrlimit(resource.RLIMIT_DATA, (1, resource.RLIM_INFINITY))
+allowed = memory.withhold(cpu, 0.05)
+try:
+    torch.empty(512 * MIB, dtype=torch.uint8)
+    failed = False
+except RuntimeError:
+    failed = True
+resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(json.dumps([allowed, failed]))
+""")
+    assert allowed > 0
+    assert failed
+
+
 def test_without_a_window_nothing_was_seen():
     assert memory.watch(CPU).memory() is None
 

@@ -104,6 +104,14 @@ def test_cudnn_means_nothing_on_a_cpu_and_is_measured_once():
     assert expand(plan, GPU).notes == []
 
 
+def test_an_axis_of_one_value_makes_no_cases_equal():
+    plan = Plan(axes=Axes(cudnn_benchmark=(True, False), cudnn_deterministic=(True,)))
+    assert [note.text for note in expand(plan, CPU).notes] == [
+        "cudnn_benchmark means nothing without a CUDA device: 2 cases are measured as 1",
+        "cudnn_deterministic means nothing without a CUDA device",
+    ]
+
+
 def test_prefetch_means_nothing_without_workers():
     expansion = expand(Plan(axes=Axes(workers=(0, 2), prefetch=(2, 4))), CPU)
     assert {(c.settings.workers, c.settings.prefetch) for c in expansion.cases} == {(0, None), (2, 2), (2, 4)}

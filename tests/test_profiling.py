@@ -378,8 +378,10 @@ def test_a_trace_that_cannot_be_written_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(BsprofError, match=r"--trace: .*gone.trace\.json"):
         profiling.profile(network(), 1, CPU, tmp_path / "gone" / "trace.json")
     (tmp_path / "taken.json").mkdir()
-    with pytest.raises(BsprofError, match=r"--trace: .*taken\.json"):
+    with pytest.raises(profiling.TraceNotKeptError, match=r"--trace: .*taken\.json") as raised:
         profiling.profile(network(), 1, CPU, tmp_path / "taken.json")
+    assert raised.value.profile.operators  # what it says was learned all the same
+    assert raised.value.profile.trace is None
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken.json"]
 
 

@@ -511,6 +511,21 @@ def test_a_cpu_shows_the_shares_of_operators_and_nothing_of_a_device(sweep):
     assert "Costliest" not in text_of(sweep)
 
 
+def test_a_ceiling_of_zero_divides_nothing():
+    whole = cuda_result()
+    rates = {name: msgspec.structs.replace(rate, value=0.0) for name, rate in whole.ceilings.rates.items()}
+    text = text_of(msgspec.structs.replace(whole, ceilings=msgspec.structs.replace(whole.ceilings, rates=rates)))
+    assert "HtoD pinned 768 µs a step at 48.0 GB/s · DtoD" in text
+
+
+def test_it_is_said_where_the_trace_is(sweep):
+    kept = "/a folder/of a long name that no terminal is wide enough for/" + 100 * "x" + "/trace.json"
+    profile = profiled_on_cpu().measurements[0].profile
+    text = text_of(changed(profiled_on_cpu(), 0, profile=msgspec.structs.replace(profile, trace=kept)))
+    assert f"  trace: {kept}\n" in text
+    assert "trace:" not in text_of(profiled_on_cpu())
+
+
 def test_memory_of_a_cpu_is_called_resident():
     rng = np.random.default_rng(14)
     held = Memory(pool="host", allocated_peak=3 << 30)

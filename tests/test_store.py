@@ -536,6 +536,22 @@ def test_a_plan_has_a_known_suffix(tmp_path):
         ),
         ("[[blocks]]\nworker = [8]", "$.blocks[0].worker: unknown axis (line 2)", "did you mean workers?"),
         ("seeds = 1", "$.seeds: unknown field (line 1)", "did you mean seed?"),
+        ("[largest_batch]\nfoo = 1", "$.largest_batch.foo: unknown field (line 2)", "known are margin, steps, most"),
+        (
+            "[axes]\ncudnn_benchmark = true",
+            "$.axes.cudnn_benchmark: expected array, got bool (line 2)",
+            "an axis takes a list of values: cudnn_benchmark = [false]",
+        ),
+        (
+            '[axes]\nmodel = "resnet18"',
+            "$.axes.model: expected array, got str (line 2)",
+            'an axis takes a list of values: model = ["mobilenet_v2"]',
+        ),
+        (
+            "[axes]\nprefetch = 2",
+            "$.axes.prefetch: expected array, got int (line 2)",
+            "an axis takes a list of values: prefetch = [2]",
+        ),
         ("[stop]\nmin_step = 1", "$.stop.min_step: unknown field (line 2)", "did you mean min_steps?"),
         (
             '[axes]\noptimizer = ["sgdx"]',

@@ -294,9 +294,15 @@ def test_two_at_once_do_not_write_one_file(tmp_path):
         (("bench", "--data", "cifar10", "--data-root", "/nonexistent"), "/nonexistent"),
         (("bench", "--world-size", "1,2"), "not yet supported"),
         (("bench", *TINY, "-o", "missing/out.json"), "missing"),
+        (("bench", *TINY, "--trace", "out.json", "-o", "./out.json"), "out.json: is where the result goes"),
+        (("bench", *TINY, "--trace", "taken/x.json"), "taken is no folder"),
+        (("bench", *TINY, "--trace", "folder.json"), "folder.json: is a folder"),
+        (("bench", *TINY, "--trace", "x.json", "--batch-size", "1,2", "--dry-run"), "2 cases, one file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, arguments, message):
+    (tmp_path / "taken").touch()
+    (tmp_path / "folder.json").mkdir()
     done = run(tmp_path, *arguments)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()

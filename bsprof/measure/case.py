@@ -456,7 +456,8 @@ class CaseRun:
             try:
                 look(max(1, round(steps * fits)))
             except Exception as error:
-                self._note("inspection_failed", f"{name}: {classify(error, 'inspect').message}")
+                failed = classify(error, "inspect")
+                self._note("inspection_failed", f"{name}: {'; '.join(filter(None, (failed.message, failed.hint)))}")
 
     def _serialise(self, steps: int) -> None:
         self.serialised = run_serialised(self._stages, steps, self._settle)
@@ -466,9 +467,15 @@ class CaseRun:
         self.facts = msgspec.structs.replace(self.facts, flops_per_step=flops.count(self.stages))
 
     def _profile(self, steps: int) -> None:
-        self.profile = profiling.profile(self.stages, steps, self._device, self.trace)
+        unkept: profiling.TraceNotKeptError | None = None
+        try:
+            self.profile = profiling.profile(self.stages, steps, self._device, self.trace)
+        except profiling.TraceNotKeptError as error:
+            self.profile, unkept = error.profile, error
         if note := profiling.untraced(self.profile, self._device):
             self.notes.append(note)
+        if unkept:
+            raise unkept
 
     def samples(self) -> Samples | None:
         """Return what was sampled, or None when no instrumented block was finished."""

@@ -60,7 +60,7 @@ def withhold(device: torch.device, margin: float) -> int:
         limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if limit == resource.RLIM_INFINITY:
             raise BsprofError("--max-batch: this process has no limit to keep a margin of", hint="give --host-memory")
-        allowed = int(limit * (1 - margin))
+        allowed = max(1, int(limit * (1 - margin)))  # Linux takes a limit of 0 for none
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
         return allowed
     backend: Any = torch.get_device_module(device)
@@ -237,12 +237,16 @@ def _resident_peak() -> int | None:
 def _private_peak() -> int | None:
     """Return the highest private writable memory so far: the peak of all mappings less those of other kinds.
 
-    The kernel keeps a peak of all mappings only. Files and code, the other kinds, hardly change once a training runs.
+    The kernel keeps a peak of all mappings only. Files and code, the other kinds, hardly change once a training runs;
+    but what was reserved for a moment without access, as glibc does for each arena, is in that peak. Where private
+    memory is limited the kernel never let it get that far, so then it is no more than the limit.
     """
     status = _status()
     if not {"VmPeak", "VmSize", "VmData"} <= status.keys():
         return None
-    return status["VmPeak"] - (status["VmSize"] - status["VmData"])
+    peak = status["VmPeak"] - (status["VmSize"] - status["VmData"])
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return peak if limit == resource.RLIM_INFINITY else min(peak, max(limit, status["VmData"]))
 
 
 def _host_memory_allowed() -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 from torch.profiler import ProfilerActivity, record_function, supported_activities
 
@@ -34,9 +35,9 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
     left out is in it too, without ranges.
 
     On a CPU, and where the device could not be traced (`untraced` says why), the device's figures are None.
-    Raises BsprofError inside another profiler, for a trace that cannot be read, and for a file that cannot be written;
-    what a stage raises comes through, the profiler being stopped by then. On CUDA its library stays attached to the
-    process, so nothing should be timed after this window.
+    Raises BsprofError inside another profiler and for a trace that cannot be read, and TraceNotKeptError, which holds
+    the profile, for a file that cannot be written; what a stage raises comes through, the profiler being stopped by
+    then. On CUDA its library stays attached to the process, so nothing should be timed after this window.
     """
     if _profiler_enabled():  # to start a second session would cancel the first, and that one is the user's
         raise BsprofError("another profiler is running in this process", hint=f"end it first; {_WITHOUT}")
@@ -69,12 +70,26 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
         try:
             content = exported.read_bytes()
         except OSError as error:  # a full disk is not told by torch
-            raise BsprofError(f"the profiler left no trace: {error.strerror or error}") from error
+            raise BsprofError(
+                f"the profiler left no trace in {directory}: {error.strerror or error}",
+                hint="is that disk full? TMPDIR names another",
+            ) from error
     phases = tuple(phase for phase, _ in stages)
     found = read_trace(content, phases, steps=steps, wall_ns=wall_ns, trace=None if trace is None else str(trace))
     if trace is not None:
-        _write(trace, content)
+        try:
+            _write(trace, content)
+        except BsprofError as error:
+            raise TraceNotKeptError(error, msgspec.structs.replace(found, trace=None)) from error
     return found
+
+
+class TraceNotKeptError(BsprofError):
+    """The trace could not be written where it was asked for; what `profile` learned from it is here all the same."""
+
+    def __init__(self, error: BsprofError, profile: Profile) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.profile = profile
 
 
 def untraced(profile: Profile, device: torch.device) -> Note | None:

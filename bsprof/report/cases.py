@@ -27,7 +27,7 @@ def caption(cases: Sequence[Case], facts: Sequence[Facts], varying: Sequence[str
     for unit, values in (
         ("", {fact.device for fact in facts}),
         ("", {fact.dtype for fact in facts} - {None}),
-        ("threads", {fact.threads for fact in facts}),
+        ("", {figures.plural(fact.threads, "thread") for fact in facts}),
         ("parameters", {figures.thousands(fact.parameters) for fact in facts if fact.parameters is not None}),
         ("px", {fact.image_size for fact in facts} - {None}),
         ("samples", {fact.samples_in_dataset for fact in facts} - {None}),

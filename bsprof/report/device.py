@@ -254,7 +254,7 @@ def _render_phases(case: CaseSummary, name: str, console: Console) -> None:
 
 
 def _render_hotspots(case: CaseSummary, name: str, ceilings: Ceilings | None, console: Console) -> None:
-    """Print the costliest kernels and the copies; operators where no device was traced."""
+    """Print the costliest kernels and the copies, operators where no device was traced, and where the trace is."""
     profile = case.profile
     if profile is None or not profile.steps:
         return
@@ -267,6 +267,10 @@ def _render_hotspots(case: CaseSummary, name: str, ceilings: Ceilings | None, co
     copies = [_copy(copy, profile.steps, ceilings) for copy in profile.copies if copy.calls]
     if copies:
         print_words(console, Text("copies: " + " · ".join(copies), "dim"))
+        console.print()
+    if profile.trace:
+        # Its name alone does not tell which case it belongs to. A path is never wrapped, so that it can be copied.
+        console.print(Text(f"  trace: {figures.printable(profile.trace)}", "dim"), soft_wrap=True)
         console.print()
 
 
@@ -301,7 +305,9 @@ def _copy(copy: Copy, steps: int, ceilings: Ceilings | None) -> str:
     rate = copy.bytes / copy.ns * 1e9
     text += f" at {figures.rate(rate / 1e9)} GB/s"
     ceiling = ceilings.rates.get(_COPY_CEILINGS.get(copy.direction, "")) if ceilings else None
-    return text if ceiling is None else f"{text}, {figures.percent(rate / ceiling.value)} of the rate measured here"
+    if ceiling is None or not ceiling.value:
+        return text
+    return f"{text}, {figures.percent(rate / ceiling.value)} of the rate measured here"
 
 
 # --- between cases ------------------------------------------------------------------------------------------

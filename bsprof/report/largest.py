@@ -59,9 +59,9 @@ def render_searches(cases: Sequence[Case], plan: Plan, search: LargestBatchSearc
     console.print()
     print_words(
         console,
-        f"the largest batch is searched for {figures.plural(len(nameless), 'combination')}, in tries of which each "
-        f"is a process that has to survive {figures.plural(search.steps, 'step')} with "
-        f"{figures.percent(search.margin)} of the memory kept from it, and is ended after {plan.deadline_s:g} s",
+        f"the largest batch is searched for {figures.plural(len(nameless), 'combination')}: each try is a process that "
+        f"has to survive {figures.plural(search.steps, 'step')} with {figures.percent(search.margin)} of the memory "
+        f"kept from it, and is ended after {plan.deadline_s:g} s",
     )
 
 
@@ -128,7 +128,7 @@ class _Found:
             )
         elif not search.complete:
             why = "no larger batch was to be tried" if search.batch_size == self._most else "it is not finished"
-            remarks.append(f"{name}: the search has no end: {why}")
+            remarks.append(f"{name}: the search did not come to an end: {why}")
         low, high = search.predicted_low, search.predicted_high
         if not search.complete or not search.batch_size or self._failed is None or low is None or high is None:
             return remarks

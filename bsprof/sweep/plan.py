@@ -260,6 +260,8 @@ def _collapse_notes(requested: list[Settings], named: set[str], environment: Env
         if not idle:
             continue
         left = {case_key(collapse(s, environment)) for s in idle}
-        once = f": {len(idle)} cases are measured as {len(left)}" if len(left) < len(idle) else ""
+        # Where it has but one value it is not this axis that makes cases equal, but another that means nothing either.
+        merges = len({case_key(msgspec.structs.replace(s, **{name: None})) for s in idle}) < len(idle)
+        once = f": {len(idle)} cases are measured as {len(left)}" if merges else ""
         notes.append(Note(code="axis_collapsed", text=f"{name} means nothing {_NEEDS[axis.info.needs]}{once}"))
     return notes
