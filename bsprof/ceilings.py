@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ import msgspec
 import platformdirs
 
 from bsprof.errors import BsprofError
+from bsprof.files import write_whole
 from bsprof.model import Ceilings, Environment, Facts, Settings
 
 # --- kept under the hardware's identity -------------------------------------------------------------
@@ -58,21 +57,13 @@ def keep(ceilings: Ceilings) -> Path:
     Raises BsprofError where that cannot be written.
     """
     path = path_of(ceilings.identity)
-    draft: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".bsprof-", delete=False) as file:
-            draft = Path(file.name)
-            file.write(msgspec.json.encode(ceilings))
-        draft.replace(path)
+        write_whole(path, msgspec.json.encode(ceilings))
     except OSError as error:
         raise BsprofError(
             f"{path}: {error.strerror or error}", hint="set XDG_CACHE_HOME to a folder that can be written and has room"
         ) from error
-    finally:
-        if draft is not None:
-            with contextlib.suppress(OSError):  # gone where all went well
-                draft.unlink()
     return path
 
 

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
 import shutil
 import stat
@@ -32,6 +31,7 @@ from typing import Any, Literal, Self, TypeVar
 import msgspec
 
 from bsprof.errors import BsprofError
+from bsprof.files import sync_directory, write_whole
 from bsprof.model import AXES, SCHEMA, Environment, LargestBatchSearch, Measurement, Noun, Plan, Result, Samples, Stop
 
 T = TypeVar("T")
@@ -46,25 +46,10 @@ def save(result: Result, path: str | os.PathLike[str]) -> None:
     Raises BsprofError where the file cannot be written.
     """
     path = Path(path)
-    content = encode(result)
-    if path.suffix == ".gz":
-        content = gzip.compress(content, compresslevel=5, mtime=0)  # no time: equal results, equal files
     with _named(path):
-        target = path.resolve()
-        if target.exists() and not target.is_file():
+        if path.exists() and not path.is_file():
             raise BsprofError(f"{path}: not a regular file")
-        draft = target.with_name(f".bsprof-{secrets.token_hex(8)}")
-        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with os.fdopen(file, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(file)
-            draft.replace(target)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        _sync_directory(target.parent)
+        write_whole(path, encode(result))
 
 
 def encode(result: Result) -> bytes:
@@ -290,7 +275,7 @@ class Journal:
                 os.ftruncate(journal._file, 0)  # killed before its first line was complete: it holds nothing
                 journal.header = header
                 journal._write(header)
-                _sync_directory(path.parent)
+                sync_directory(path.parent)
             except BaseException:
                 journal.close()
                 raise
@@ -527,13 +512,3 @@ def _line_and_column(text: bytes, offset: int) -> str:
 
 def _lowered(text: str) -> str:
     return text[:1].lower() + text[1:]
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a new name in `directory` survive a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        file = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)

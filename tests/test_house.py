@@ -16,6 +16,7 @@ FLOORS = {
     "model": 0,
     "store": 0,
     "errors": 0,
+    "files": 0,
     "ceilings": 1,
     "cgroup": 1,
     "compare": 1,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import os
-import secrets
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, supported_activities
 
 from bsprof.errors import BsprofError
+from bsprof.files import write_whole
 from bsprof.measure.clock import host_clock, wait_for
 from bsprof.measure.loop import Stage
 from bsprof.measure.traces import RANGE, read_trace
@@ -78,9 +75,10 @@ def profile(stages: Sequence[Stage], steps: int, device: torch.device, trace: Pa
     found = read_trace(content, phases, steps=steps, wall_ns=wall_ns, trace=None if trace is None else str(trace))
     if trace is not None:
         try:
-            _write(trace, content)
-        except BsprofError as error:
-            raise TraceNotKeptError(error, msgspec.structs.replace(found, trace=None)) from error
+            write_whole(trace, content)
+        except OSError as error:
+            unkept = BsprofError(f"--trace: {trace}: {error.strerror or error}")
+            raise TraceNotKeptError(unkept, msgspec.structs.replace(found, trace=None)) from error
     return found
 
 
@@ -153,24 +151,3 @@ def _profiler_enabled() -> bool:
 
 def _own_profiler() -> BsprofError:
     return BsprofError("the training loop runs a profiler of its own", hint=f"end it first; {_WITHOUT}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, gzipped if the name ends in `.gz`; what stood there stays until all is written."""
-    if path.suffix == ".gz":
-        content = gzip.compress(content, compresslevel=5)
-    target = path.resolve()
-    draft = target.with_name(f".bsprof-{secrets.token_hex(8)}")
-    try:
-        try:
-            with draft.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            draft.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise BsprofError(f"--trace: {path}: {error.strerror or error}") from error
