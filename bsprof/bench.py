@@ -225,7 +225,7 @@ def _exit_code(swept: Swept, target: Path, notices: Console) -> int:
 
 def _interrupted(left: str, verb: str, target: Path, notices: Console) -> int:
     notices.print(
-        f"interrupted: {left} are left; to {verb} them:\n  bsprof bench --resume {_quoted(target)}",
+        f"interrupted with {left} left; to {verb} the rest:\n  bsprof bench --resume {_quoted(target)}",
         highlight=False,
         soft_wrap=True,
     )
