@@ -19,6 +19,7 @@ from bsprof.model import (
     Accelerator,
     Block,
     Case,
+    Check,
     Counters,
     Environment,
     Facts,
@@ -38,7 +39,7 @@ from bsprof.model import (
 )
 from bsprof.report import figures
 from bsprof.report.progress import Progress
-from bsprof.report.terminal import render, render_cases, render_catalogue, render_environment
+from bsprof.report.terminal import render, render_cases, render_catalogue, render_environment, render_selftest
 from bsprof.report.words import summary
 
 OK = Outcome(kind="ok")
@@ -806,3 +807,29 @@ def test_a_sweep_of_nothing_but_failures_shows_no_phases_of_any():
     whole = cuda_result()
     text = text_of(changed(whole, outcome=Outcome(kind="timeout", message="past its deadline")))
     assert "Phases of" not in text and "Costliest" not in text
+
+
+def test_a_self_test_on_two_clocks_says_which():
+    def check(clock, passed):
+        return Check(
+            phase="forward",
+            clock=clock,
+            planted_ns=5_000_000,
+            found_ns=5_000_000,
+            leaked_ns=0,
+            leaked_into="data",
+            residual_ns=0,
+            tolerance_ns=100_000,
+            passed=passed,
+        )
+
+    def printed(checks):
+        console = Console(file=io.StringIO(), width=100)
+        render_selftest(checks, console)
+        return console.file.getvalue()
+
+    assert "clock" not in printed([check("host", True)])
+    both = printed([check("host", True), check("device", False)])
+    assert re.search(r"^ +forward +host .* ok$", both, re.MULTILINE)
+    assert re.search(r"^ +forward +device .* WRONG$", both, re.MULTILINE)
+    assert "wrong in forward (device)" in both

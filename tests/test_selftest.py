@@ -36,7 +36,7 @@ def test_delays_come_back_where_they_were_put():
     for phase, check in checks.items():
         assert check.passed, check
         assert check.leaked_into != phase
-        assert check.planted_ns == selftest.DELAY_NS
+        assert selftest.DELAY_NS <= check.planted_ns <= selftest.DELAY_NS + 2_000
 
 
 def test_says_where_it_plants():

@@ -133,13 +133,16 @@ def _planted(device: Device, clock: str, planted: str) -> Line:
     for _ in range(PAIRS):
         for delay_ns, found in ((0, plain), (DELAY_NS, delayed)):
             watch = device.stopwatch()
-            stages = [(phase, _stage(device, clock, delay_ns if phase == planted else 0, watch)) for phase in PHASES]
+            spent: list[int] = []
+            stages = [
+                (phase, _stage(device, clock, delay_ns if phase == planted else 0, watch, spent)) for phase in PHASES
+            ]
             host, on_device, _, _ = _recorded(device, stages, BLOCK)
             steps = on_device if clock == "device" else host
             for phase in PHASES:
                 found[phase] += steps.phase_ns[phase]
             if delay_ns:
-                truth += watch.intervals_ns()[::2] if clock == "device" else [DELAY_NS]
+                truth += watch.intervals_ns()[::2] if clock == "device" else spent
     expected = statistics.median(truth)
     moved = {phase: stats.median(delayed[phase]).value - stats.median(plain[phase]).value for phase in PHASES}
     leak = max((phase for phase in PHASES if phase != planted), key=lambda phase: abs(moved[phase]))
@@ -155,10 +158,12 @@ def _planted(device: Device, clock: str, planted: str) -> Line:
     )
 
 
-def _stage(device: Device, clock: str, delay_ns: int, watch: Stopwatch) -> Callable[[], None]:
+def _stage(device: Device, clock: str, delay_ns: int, watch: Stopwatch, spent: list[int]) -> Callable[[], None]:
     def on_host() -> None:
         if delay_ns:
+            start = device.host_clock()
             device.pause(delay_ns)
+            spent.append(device.host_clock() - start)  # a host that others use as well pauses for longer than asked
 
     def on_device() -> None:
         device.sleep(KEEP_AHEAD_NS)

@@ -72,8 +72,10 @@ def render_environment(environment: Environment, console: Console) -> None:
 def render_selftest(checks: Sequence[Check], console: Console) -> None:
     """Print what was planted in each phase, what came back there, and what leaked elsewhere."""
     milliseconds = 1e6
+    two_clocks = len({check.clock for check in checks}) > 1
     columns = [
         column("planted in", (check.phase for check in checks), right=False),
+        *([column("clock", (check.clock for check in checks), right=False)] if two_clocks else []),
         column("planted ms", (f"{check.planted_ns / milliseconds:.3f}" for check in checks)),
         column("found ms", (f"{check.found_ns / milliseconds:.3f}" for check in checks)),
         column(
@@ -86,7 +88,7 @@ def render_selftest(checks: Sequence[Check], console: Console) -> None:
     print_grid(console, columns, {}, 1)
     console.print()
     tolerance = max(check.tolerance_ns for check in checks) / milliseconds
-    wrong = [check.phase for check in checks if not check.passed]
+    wrong = [check.phase + (f" ({check.clock})" if two_clocks else "") for check in checks if not check.passed]
     verdict = (
         f"wrong in {', '.join(wrong)} (was the machine busy? try again when it is quiet)"
         if wrong
