@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
 import statistics
 import time
 from collections import Counter
@@ -18,7 +20,9 @@ from factories import FailsInBackward, Perceptron, Pixels
 from torch.utils.data import IterableDataset
 
 from bsprof import store
+from bsprof.errors import BsprofError
 from bsprof.measure import case as measuring
+from bsprof.measure.case import CaseRun
 from bsprof.metrics import METRICS, CaseSummary, summarise
 from bsprof.model import PHASES, Case, Environment, Measurement, Plan, Samples, Settings, Stop, case_key
 from bsprof.readings import Reading
@@ -680,6 +684,43 @@ def test_a_trace_that_cannot_be_kept_costs_the_trace_alone(tmp_path):
     assert found.profile is not None and found.profile.operators and found.profile.trace is None
     (note,) = (note for note in found.notes if note.code == "inspection_failed")
     assert note.text.startswith("profiler window: --trace: ")
+
+
+def test_a_recording_that_cannot_be_read_costs_a_note(monkeypatch):
+    def refuse(path: Path) -> None:
+        raise BsprofError(f"{path.name}: line 3: no sample", hint="it was damaged")
+
+    monkeypatch.setattr(measuring.telemetry, "read", refuse)
+    measurement = measure(settings(), max_case_time_s=0.3)
+    assert samples_of(measurement)
+    assert measurement.telemetry is None
+    (note,) = (note for note in measurement.notes if note.code == "inspection_failed")
+    assert re.fullmatch(r"telemetry: bsprof-telemetry-\d+\.jsonl: line 3: no sample; it was damaged", note.text)
+
+
+def test_a_worker_that_dies_after_the_timed_steps_costs_a_note_and_no_teardown(monkeypatch):
+    torn_down = []
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    shut_down = iterator._shutdown_workers
+    monkeypatch.setattr(measuring, "_ABANDONED", abandoned := [])
+
+    def kill(*_: Any) -> None:
+        monkeypatch.setattr(iterator, "_shutdown_workers", lambda self: torn_down.append(self))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        for _ in range(100):
+            time.sleep(0.05)  # torch's handler raises in here
+
+    monkeypatch.setattr(measuring.flops, "count", kill)
+    monkeypatch.setattr(CaseRun, "_price_epochs", lambda self: None)
+    try:
+        measurement = measure(settings(workers=1), max_case_time_s=0.3)
+        assert samples_of(measurement)
+        assert torn_down == []
+        assert "killed by SIGKILL" in next(n.text for n in measurement.notes if n.code == "inspection_failed")
+    finally:
+        monkeypatch.setattr(iterator, "_shutdown_workers", shut_down)
+        abandoned.clear()
 
 
 def test_long_steps_are_looked_at_in_fewer():

@@ -68,7 +68,7 @@ EPOCH_SHARE = 0.1
 """A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
 _ABANDONED: list[BaseException] = []
-"""What ended the case, kept until the process ends, and through its traceback the loader's iterator too.
+"""What failed, kept until the process ends, and through its traceback the loader's iterator too.
 
 When a worker dies, torch raises from its SIGCHLD handler, wherever the main thread happens to be. Where that is inside
 a queue's lock, the lock stays taken, and tearing the iterator down waits for it for ever (seen in 1 of 200 such deaths
@@ -414,14 +414,25 @@ class CaseRun:
             return
         own = [os.getpid(), self._sampler.pid, *(child.pid for child in multiprocessing.active_children())]
         self._sampler.close()
-        self.telemetry, notes = telemetry.summarise(
-            telemetry.read(self._recording),
-            begin_ns=begin_ns,
-            end_ns=end_ns,
-            steps=sum(block.steps for block in self._blocks),
-            own_pids=[pid for pid in own if pid is not None],
-        )
-        self.notes.extend(notes)
+        with self._noted("telemetry"):
+            self.telemetry, notes = telemetry.summarise(
+                telemetry.read(self._recording),
+                begin_ns=begin_ns,
+                end_ns=end_ns,
+                steps=sum(block.steps for block in self._blocks),
+                own_pids=[pid for pid in own if pid is not None],
+            )
+            self.notes.extend(notes)
+
+    @contextmanager
+    def _noted(self, look: str) -> Iterator[None]:
+        """Turn what fails beside the timed steps into a note: it never costs their result."""
+        try:
+            yield
+        except Exception as error:
+            _ABANDONED.append(error)
+            failed = classify(error, "inspect")
+            self._note("inspection_failed", f"{look}: {'; '.join(filter(None, (failed.message, failed.hint)))}")
 
     def _looks(self) -> list[tuple[str, int, Callable[[int], None]]]:
         """Return what is looked at after the timed window: its name, the steps that it asks for, and the look."""
@@ -445,7 +456,7 @@ class CaseRun:
         return min(wanted, round(self.plan.stop.max_case_time_s * 1e9 * INSPECTION_SHARE))
 
     def _inspect(self) -> None:
-        """Learn what would have distorted the timed window. What fails here costs a note, never the timed result.
+        """Learn what would have distorted the timed window.
 
         Where the steps asked for take longer than the time left for them, fewer are taken, of each look one at least.
         """
@@ -453,11 +464,8 @@ class CaseRun:
         wanted_ns = max(1, sum(steps + 1 for _, steps, _ in looks) * self._recent_step_ns())
         fits = min(1.0, self._inspection_ns() / wanted_ns)
         for name, steps, look in looks:
-            try:
+            with self._noted(name):
                 look(max(1, round(steps * fits)))
-            except Exception as error:
-                failed = classify(error, "inspect")
-                self._note("inspection_failed", f"{name}: {'; '.join(filter(None, (failed.message, failed.hint)))}")
 
     def _serialise(self, steps: int) -> None:
         self.serialised = run_serialised(self._stages, steps, self._settle)
