@@ -79,9 +79,9 @@ class EventClock:
         return self._intervals
 
     def intervals_ns(self) -> list[int]:
-        """Return nanoseconds between successive events; waits for the last one."""
-        if self._pending:
-            self._pending[-1].synchronize()
+        """Return nanoseconds between successive events; waits for all of them, for they may be on several streams."""
+        for event in self._pending:
+            event.synchronize()
         return self.passed_ns()
 
     def stamp(self) -> int:
