@@ -274,7 +274,10 @@ def test_two_at_once_in_one_directory_do_not_meet(tmp_path):
 
 
 def test_two_at_once_do_not_write_one_file(tmp_path):
-    first = start(tmp_path, "bench", *MANY, "-o", "out.json")
+    hanging = ("--model", "factories:Hanging", "--data", "factories:Pixels", "--workers", "0", "--batch-size", "4")
+    first = start(
+        tmp_path, "bench", *hanging, "-o", "out.json"
+    )  # it ends when it is told to, however slow the second is
     wait_for_journal(tmp_path, 0)
     second = run(tmp_path, "bench", *TINY, "-o", "out.json")
     first.send_signal(signal.SIGTERM)
