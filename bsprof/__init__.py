@@ -1,6 +1,7 @@
 """Where a PyTorch training step's time goes, in numbers that can be trusted.
 
-`Recorder` puts bsprof's phases into a training loop of one's own; `load` and `save` read and write result files.
+`Recorder` puts bsprof's phases into a training loop of one's own, `watch_loaders` watches its DataLoaders; `load` and
+`save` read and write result files.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bsprof.loader.watching import Watching, watch_loaders
     from bsprof.measure.recorder import Recorder
     from bsprof.model import Result
     from bsprof.store import load, save
 
-__all__ = ["Recorder", "Result", "load", "save"]
+__all__ = ["Recorder", "Result", "Watching", "load", "save", "watch_loaders"]
 
 _HOMES = {
     "Recorder": "bsprof.measure.recorder",
     "Result": "bsprof.model",
+    "Watching": "bsprof.loader.watching",
     "load": "bsprof.store",
     "save": "bsprof.store",
+    "watch_loaders": "bsprof.loader.watching",
 }
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import math
 import os
 import re
 import shlex
 import socket
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -55,7 +53,7 @@ class Request(NamedTuple):
 def run(request: Request, *, dry_run: bool, version: str) -> int:
     """Do what `request` asks and return the exit code."""
     started = time.monotonic()
-    _check_output(request.output)
+    check_output(request.output)
     notices = terminal.console(stderr=True)
     axes = {
         name: parse_values(axis, request.flags[name], "--" + name.replace("_", "-"))
@@ -200,10 +198,7 @@ def _keep(
     """
     try:
         if output == "-":
-            if sys.stdout is None:
-                raise OSError(errno.EBADF, "closed")
-            sys.stdout.buffer.write(store.encode(result) + b"\n")
-            sys.stdout.buffer.flush()
+            terminal.print_json(result)
         if output != "-" or unfinished:
             store.save(result, target)
         journal.discard()
@@ -301,6 +296,8 @@ def _plan_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         plan["data_root"] = str(Path(flags["data_root"]).resolve())
     if flags["host_memory"] is not None:
         plan["host_memory_bytes"] = _bytes(flags["host_memory"])
+    if flags["diagnose"]:
+        plan["diagnose"] = "full"
     if flags["max_batch"] or flags["max_batch_margin"] is not None:
         margin = flags["max_batch_margin"]
         plan["largest_batch"] = {} if margin is None else {"margin": margin}
@@ -390,7 +387,7 @@ def _make_folders(trace: Path, folders: set[Path]) -> None:
             raise BsprofError(f"--trace {trace}: {folder}: {error.strerror}", hint="name another place") from error
 
 
-def _check_output(output: str | None) -> None:
+def check_output(output: str | None) -> None:
     """Refuse a bad `--output` before anything is started."""
     if output is None or output == "-":
         return

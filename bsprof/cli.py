@@ -155,6 +155,7 @@ def commands() -> None:
 @click.option("--trace", type=click.Path(path_type=Path), help="Keep the profiler's trace: a .json[.gz], or a folder.")
 @click.option("--nvtx", is_flag=True, default=None, help="An NVTX range around each phase, for Nsight Systems.")
 @click.option("--telemetry-hz", type=float, help="Samples a second of clocks, power and memory; 0 for none. [10]")
+@click.option("--diagnose", is_flag=True, default=None, help="Say in full why each case's loader is slow.")
 @click.option("--max-batch", is_flag=True, default=None, help="Search the largest batch that fits.")
 @click.option(
     "--max-batch-margin", type=float, metavar="SHARE", help="Share of the memory that it must leave free. [0.05]"
@@ -177,6 +178,38 @@ def bench(
 
     request = benching.Request(plan_file=plan_file, quick=quick, resume=resume, output=output, trace=trace, flags=flags)
     return benching.run(request, dry_run=dry_run, version=VERSION)
+
+
+@commands.command()
+@click.argument("target")
+@click.option("--batch-size", type=int, help="Samples in a batch. [32 for a data set without a loader]")
+@click.option("--workers", type=int, help="DataLoader worker processes; 0 loads in the main process.")
+@click.option("--prefetch", type=int, help="Batches prepared ahead by each worker.")
+@click.option("--start-method", type=click.Choice(["fork", "forkserver", "spawn"]), help="How workers are started.")
+@click.option("--persistent-workers/--no-persistent-workers", default=None, help="Workers outlive an epoch.")
+@click.option("--pin-memory/--no-pin-memory", default=None, help="Page-locked batches.")
+@click.option("--in-order/--no-in-order", default=None, help="Batches come in the sampler's order.")
+@click.option("--shuffle/--no-shuffle", default=None, help="A new order each epoch.")
+@click.option("--step-ms", type=float, metavar="MS", help="Take so long for a step, the cores left to the workers.")
+@click.option("--model", help="Train this model on the batches: its step is measured.")
+@click.option("--seconds", type=float, default=10.0, help="Watch so long from the first batch on. [10]")
+@click.option("--sweep", is_flag=True, help="Predict the throughput for each number of workers and prefetch.")
+@click.option("--verify", is_flag=True, help="Apply the change that is prescribed and measure again, in turns.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a Chrome trace, .json or .json.gz, for Perfetto.")
+@click.option("-o", "--output", metavar="FILE", help="Result file, .json or .json.gz; - writes JSON to stdout.")
+@click.option("--data-root", help="Folder that holds the data set.")
+@click.option("--deadline", type=float, metavar="S", help="Give the loader up after this time. [10 x --seconds]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the shuffling and the model's weights. [0]")
+def loader(target: str, output: str | None, trace: Path | None, sweep: bool, verify: bool, **flags: Any) -> int:
+    """Say why a DataLoader is slow, what to change, and prove it.
+
+    TARGET is pkg.module:name of a DataLoader, a Dataset, or a function that returns one, or a data set of `bsprof
+    workloads`, as imagefolder:PATH. Without --step-ms or --model batches are taken as fast as they come.
+    """
+    from bsprof import diagnosing
+
+    request = diagnosing.Request(target=target, output=output, trace=trace, sweep=sweep, verify=verify, flags=flags)
+    return diagnosing.run(request)
 
 
 @commands.command()

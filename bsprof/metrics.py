@@ -21,20 +21,8 @@ import numpy as np
 
 from bsprof import stats
 from bsprof.ceilings import Bound
-from bsprof.model import (
-    AXES,
-    PHASES,
-    Backends,
-    Case,
-    Ceilings,
-    Facts,
-    Measurement,
-    Memory,
-    Note,
-    Profile,
-    Result,
-    Settings,
-)
+from bsprof.model import AXES, PHASES, Backends, Case, Ceilings, Facts, Measurement, Memory, Profile, Result, Settings
+from bsprof.noun import Note
 from bsprof.readings import Reading, excess
 from bsprof.stats import Estimate
 

@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from bsprof.loading import Diagnosis, LoaderRequest, Loading, Verification
+from bsprof.noun import Note, Noun
+
 SCHEMA = 1
 
 PHASES = ("data", "h2d", "forward", "backward", "optimizer")
@@ -25,10 +28,6 @@ OutcomeKind = Literal[
 
 TOO_LARGE: tuple[OutcomeKind, ...] = ("oom", "host_oom", "shm", "crash")
 """Outcomes that say that a batch was too large. Libraries that get no memory may crash instead of saying so."""
-
-
-class Noun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all nouns share: immutable, named fields, and no unknown ones."""
 
 
 # --- axes -------------------------------------------------------------------------------------------
@@ -158,6 +157,9 @@ class Plan(Noun, frozen=True, kw_only=True):
     profile_steps: Annotated[Natural, Meta(description="steps under torch.profiler, after the timed window")] = 5
     telemetry_hz: Annotated[float, Meta(ge=0, le=100, description="samples a second of clocks, power, memory")] = 10.0
     nvtx: Annotated[bool, Meta(description="an NVTX range around each phase, for Nsight Systems")] = False
+    diagnose: Annotated[
+        Literal["off", "short", "full"], Meta(description="watch each case's loader after the timed window")
+    ] = "short"
     largest_batch: LargestBatchSearch | None = None
     data_root: str | None = None
     download: bool = False
@@ -382,13 +384,6 @@ class Outcome(Noun, frozen=True, kw_only=True):
     evidence: dict[str, int | float | str | None] = {}
 
 
-class Note(Noun, frozen=True, kw_only=True):
-    """Something a reader must know before trusting a number."""
-
-    code: str
-    text: str
-
-
 class Backends(Noun, frozen=True, kw_only=True):
     """torch's switches as they were read back after the timed window."""
 
@@ -443,6 +438,10 @@ class Measurement(Noun, frozen=True, kw_only=True):
     memory: Memory | None = None
     profile: Profile | None = None
     telemetry: Telemetry | None = None
+    loading: Loading | None = None
+    """The loader, watched apart from the timed steps."""
+    diagnosis: Diagnosis | None = None
+    """Derived from `loading`."""
     notes: tuple[Note, ...] = ()
 
 
@@ -574,6 +573,9 @@ class Result(Noun, frozen=True, kw_only=True):
     environment: Environment
     measurements: list[Measurement]
     largest_batches: list[LargestBatch] = []
+    loader: LoaderRequest | None = None
+    """What `bsprof loader` was asked."""
+    verifications: list[Verification] = []
     ceilings: Ceilings | None = None
     wall_s: float | None = None
     notes: tuple[Note, ...] = ()

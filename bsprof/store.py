@@ -32,7 +32,9 @@ import msgspec
 
 from bsprof.errors import BsprofError
 from bsprof.files import sync_directory, write_whole
-from bsprof.model import AXES, SCHEMA, Environment, LargestBatchSearch, Measurement, Noun, Plan, Result, Samples, Stop
+from bsprof.loading import Loading
+from bsprof.model import AXES, SCHEMA, Environment, LargestBatchSearch, Measurement, Plan, Result, Samples, Stop
+from bsprof.noun import Noun
 
 T = TypeVar("T")
 
@@ -82,7 +84,7 @@ def load(path: str | os.PathLike[str]) -> Result:
             raise
     _check_schema(path, {"schema": result.schema})
     for index, measurement in enumerate(result.measurements):
-        _check_samples(f"{path}: $.measurements[{index}].samples", measurement.samples)
+        _check_measurement(f"{path}: $.measurements[{index}]", measurement)
     return result
 
 
@@ -109,6 +111,30 @@ def _check_schema(path: Path, content: Any) -> None:
         )
     if schema < 1:
         raise BsprofError(f"{path}: $.schema: there is no schema {schema}")
+
+
+def _check_measurement(place: str, measurement: Measurement) -> None:
+    _check_samples(f"{place}.samples", measurement.samples)
+    if measurement.loading is not None:
+        _check_loading(f"{place}.loading", measurement.loading)
+
+
+def _check_loading(place: str, loading: Loading) -> None:
+    """Raise BsprofError where columns that hold one entry a batch disagree, or a duration is less than nothing."""
+    columns = msgspec.structs.asdict(loading.batches)
+    columns |= {f"stage_ns.{stage}": times for stage, times in columns.pop("stage_ns").items()}
+    count = len(loading.batches.order)
+    for name, column in columns.items():
+        if len(column) != count:
+            raise BsprofError(f"{place}.batches.{name}: {len(column)} entries for {count} batches")
+        is_moment, is_place = name.endswith("_at_ns"), name == "worker"
+        least = min((value for value in column if value is not None), default=0)
+        if least < 0 and not is_moment and not is_place:
+            raise BsprofError(f"{place}.batches.{name}: {least}, less than nothing")
+    for index, worker in enumerate(loading.workers):
+        if len(worker.memory_at_ns) != len(worker.private_bytes):
+            entries = f"{len(worker.private_bytes)} entries for {len(worker.memory_at_ns)} moments"
+            raise BsprofError(f"{place}.workers[{index}].private_bytes: {entries}")
 
 
 def _check_samples(place: str, samples: Samples | None) -> None:
@@ -337,7 +363,7 @@ class Journal:
         for number, line in enumerate(lines[1:], 2):
             with _explained(f"{self.path}: line {number}", line):
                 self.measurements.append(msgspec.json.decode(line, type=Measurement))
-            _check_samples(f"{self.path}: line {number}: $.samples", self.measurements[-1].samples)
+            _check_measurement(f"{self.path}: line {number}: $", self.measurements[-1])
         self._end = len(text) - len(torn)
 
     def _write(self, noun: Noun) -> None:

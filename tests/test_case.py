@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 
 from bsprof import store
 from bsprof.errors import BsprofError
+from bsprof.loader.measuring import watch_training
 from bsprof.measure import case as measuring
 from bsprof.measure.case import CaseRun
 from bsprof.metrics import METRICS, CaseSummary, summarise
@@ -61,6 +62,13 @@ def measure(chosen: Settings, *, emit: measuring.Emit = lambda *_: None, process
     case = Case(key=case_key(chosen), settings=chosen, process=process)
     asked = time.perf_counter_ns()
     return measuring.measure(case, plan, cache=Path("unused"), requested_ns=asked, emit=emit)
+
+
+def watched(chosen: Settings, watch: measuring.Watch = watch_training, **kind: Any) -> Measurement:
+    """Measure a case whose loader is watched after its timed steps."""
+    plan = Plan(stop=Stop(max_case_time_s=1.0, precision=NEVER), malloc="default", profile_steps=0, **kind)
+    case, asked = Case(key=case_key(chosen), settings=chosen), time.perf_counter_ns()
+    return measuring.measure(case, plan, cache=Path("unused"), requested_ns=asked, emit=lambda *_: None, watch=watch)
 
 
 def samples_of(measurement: Measurement) -> Samples:
@@ -158,6 +166,35 @@ def test_what_was_in_force_is_said(measured):
     assert samples.counters is not None
     assert samples.counters.wall_ns >= sum(block.wall_ns for block in samples.blocks)
     assert samples.final_loss is not None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_is_watched_after_the_timed_steps(workers):
+    measurement = watched(settings(workers=workers))
+    loading = measurement.loading
+    assert samples_of(measurement).step_ns
+    assert loading.settings.workers == workers
+    assert (loading.consumer.kind, loading.consumer.model) == ("model", "factories:Perceptron")
+    assert sum(at is not None for at in loading.batches.got_at_ns) >= 12
+    assert loading.cached_step_ns and loading.h2d_ns is None and loading.capacity_cores is None
+    assert multiprocessing.active_children() == []
+
+
+def test_a_loader_is_watched_in_full_or_not_at_all_as_the_plan_says():
+    assert watched(settings(), diagnose="full").loading.capacity_cores.value > 0
+    assert watched(settings(), diagnose="off").loading is None
+
+
+def test_watching_that_fails_is_a_note_and_costs_no_result():
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    measurement = watched(settings(), watch=fails)
+    assert samples_of(measurement).step_ns
+    assert measurement.loading is None
+    assert [note.text for note in measurement.notes if note.code == "inspection_failed"] == [
+        "loader: RuntimeError: no such luck"
+    ]
 
 
 def test_stages_and_precision_are_told():
@@ -609,25 +646,28 @@ def test_the_real_executor_measures_in_a_process_of_its_own(monkeypatch):
     assert 0 < measurement.inside_s < measurement.wall_s
     assert measurement.startup is not None
     assert measurement.startup.process_ns is not None
-    assert watcher.stages.keys() == {"build", "warmup", "measure", "inspect", "epoch"}
+    assert watcher.stages.keys() == {"build", "warmup", "measure", "inspect", "loader", "epoch"}
 
 
-def test_a_loader_whose_worker_died_is_not_torn_down(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def torn_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Loader iterators that were torn down; what a case abandons is let go of when the test is over."""
+    found: list[object] = []
+    abandoned: list[BaseException] = []
+    with pytest.MonkeyPatch.context() as patch:
+        iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+        patch.setattr(iterator, "_shutdown_workers", lambda self: found.append(self))
+        monkeypatch.setattr(measuring, "_ABANDONED", abandoned)
+        yield found
+    abandoned.clear()
+
+
+def test_a_loader_whose_worker_died_is_not_torn_down(torn_down: list[object]) -> None:
     """Its queues may be locked for good: torch raised from a signal's handler, wherever the main thread was."""
     from factories import KillsItsWorker
 
-    torn_down = []
-    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    shut_down = iterator._shutdown_workers
-    monkeypatch.setattr(iterator, "_shutdown_workers", lambda self: torn_down.append(self))
-    abandoned: list[BaseException] = []
-    monkeypatch.setattr(measuring, "_ABANDONED", abandoned)
-    try:
-        assert measure(settings(data=KillsItsWorker, workers=1)).outcome.kind == "crash"
-        assert torn_down == []
-    finally:
-        monkeypatch.setattr(iterator, "_shutdown_workers", shut_down)
-        abandoned.clear()
+    assert measure(settings(data=KillsItsWorker, workers=1)).outcome.kind == "crash"
+    assert torn_down == []
 
 
 # --- what is looked at beside the clock ---------------------------------------------------------------
@@ -698,14 +738,8 @@ def test_a_recording_that_cannot_be_read_costs_a_note(monkeypatch):
     assert re.fullmatch(r"telemetry: bsprof-telemetry-\d+\.jsonl: line 3: no sample; it was damaged", note.text)
 
 
-def test_a_worker_that_dies_after_the_timed_steps_costs_a_note_and_no_teardown(monkeypatch):
-    torn_down = []
-    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    shut_down = iterator._shutdown_workers
-    monkeypatch.setattr(measuring, "_ABANDONED", abandoned := [])
-
+def test_a_worker_that_dies_after_the_timed_steps_costs_a_note_and_no_teardown(torn_down, monkeypatch):
     def kill(*_: Any) -> None:
-        monkeypatch.setattr(iterator, "_shutdown_workers", lambda self: torn_down.append(self))
         for worker in multiprocessing.active_children():
             worker.kill()
         for _ in range(100):
@@ -713,14 +747,10 @@ def test_a_worker_that_dies_after_the_timed_steps_costs_a_note_and_no_teardown(m
 
     monkeypatch.setattr(measuring.flops, "count", kill)
     monkeypatch.setattr(CaseRun, "_price_epochs", lambda self: None)
-    try:
-        measurement = measure(settings(workers=1), max_case_time_s=0.3)
-        assert samples_of(measurement)
-        assert torn_down == []
-        assert "killed by SIGKILL" in next(n.text for n in measurement.notes if n.code == "inspection_failed")
-    finally:
-        monkeypatch.setattr(iterator, "_shutdown_workers", shut_down)
-        abandoned.clear()
+    measurement = measure(settings(workers=1), max_case_time_s=0.3)
+    assert samples_of(measurement)
+    assert torn_down == []
+    assert "killed by SIGKILL" in next(n.text for n in measurement.notes if n.code == "inspection_failed")
 
 
 def test_long_steps_are_looked_at_in_fewer():

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from machines import environment
 from rich.console import Console
 
 from bsprof import ceilings
@@ -31,19 +32,12 @@ H200 = Accelerator(
     memory_bytes=141 * 2**30,
     multiprocessors=132,
 )
-HERE = Environment(
+HERE = environment(
     host="here",
-    os="Debian GNU/Linux 12 (bookworm)",
-    kernel="Linux 6.1",
-    hypervisor=None,
-    cpu="a processor",
     cores_logical=16,
     cores_physical=16,
     cores_usable=16,
-    cpu_quota=None,
     memory_bytes=2**37,
-    memory_limit_bytes=None,
-    shm_bytes=2**32,
     accelerators=(H200,),
     driver="580.65.06",
     python="3.12.3",
@@ -51,11 +45,6 @@ HERE = Environment(
     torchvision="0.26.0",
     cuda="13.0",
     cudnn="9.15.1",
-    numpy="2.4.6",
-    libc="glibc 2.36",
-    bsprof="0.1.0",
-    git_commit=None,
-    variables={},
 )
 MEASURED = Ceilings(
     identity=ceilings.identity(HERE),

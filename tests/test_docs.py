@@ -84,7 +84,8 @@ def test_every_command_line_that_is_written_parses(page, command):
             name, found, rest = commands.resolve_command(top, [*top._protected_args, *top.args])
             assert found is not None
             with found.make_context(name, rest, parent=top) as context:
-                given = {flag: context.params[flag] for flag in AXES if context.params.get(flag) is not None}
+                axes = AXES if name == "bench" else ()
+                given = {flag: context.params[flag] for flag in axes if context.params.get(flag) is not None}
     except click.exceptions.Exit as end:  # --help and --version
         assert end.exit_code == 0
         return

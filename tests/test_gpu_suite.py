@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machines import environment
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are not installed
@@ -24,12 +25,10 @@ from bsprof.model import (  # noqa: E402
     Block,
     Case,
     Energy,
-    Environment,
     Facts,
     LargestBatch,
     Measurement,
     Memory,
-    Note,
     Outcome,
     Plan,
     Profile,
@@ -39,6 +38,7 @@ from bsprof.model import (  # noqa: E402
     Settings,
     Telemetry,
 )
+from bsprof.noun import Note  # noqa: E402
 
 
 def verdicts(lines):
@@ -309,36 +309,10 @@ def test_unresolvable_energy_and_a_dear_sampler_fail():
     assert power.judge_sampler(telemetry(cpu_ns=None)).verdict == "FAIL"
 
 
-ENVIRONMENT = Environment(
-    host="host",
-    os="Debian GNU/Linux 12 (bookworm)",
-    kernel="Linux 6.1",
-    hypervisor=None,
-    cpu="a processor",
-    cores_logical=2,
-    cores_physical=2,
-    cores_usable=2,
-    cpu_quota=None,
-    memory_bytes=2**33,
-    memory_limit_bytes=None,
-    shm_bytes=2**32,
-    accelerators=(),
-    driver=None,
-    python="3.12.0",
-    torch="2.11.0",
-    torchvision="0.26.0",
-    cuda=None,
-    cudnn=None,
-    numpy="2.4.6",
-    libc="glibc 2.36",
-    bsprof="0.1.0",
-    git_commit=None,
-    variables={},
-)
-
-
 def result(*measurements):
-    return Result(created="2026-01-01T00:00:00Z", plan=Plan(), environment=ENVIRONMENT, measurements=list(measurements))
+    return Result(
+        created="2026-01-01T00:00:00Z", plan=Plan(), environment=environment(), measurements=list(measurements)
+    )
 
 
 def measured(kind="ok", settings=None, *, phase=None, evidence=None, **captured):

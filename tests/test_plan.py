@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import environment
 
 from bsprof import store
 from bsprof.errors import BsprofError
@@ -23,38 +24,14 @@ from bsprof.sweep.plan import (
 )
 
 
-def environment(cores: int = 2, *accelerators: Accelerator) -> Environment:
-    return Environment(
-        host="h",
-        os="Linux",
-        kernel="6",
-        hypervisor=None,
-        cpu="cpu",
-        cores_logical=cores,
-        cores_physical=cores,
-        cores_usable=cores,
-        cpu_quota=None,
-        memory_bytes=2**34,
-        memory_limit_bytes=None,
-        shm_bytes=2**33,
-        accelerators=accelerators,
-        driver=None,
-        python="3.11",
-        torch="2.15",
-        torchvision="0.29",
-        cuda=None,
-        cudnn=None,
-        numpy="2",
-        libc="glibc 2.36",
-        bsprof="0.1.0",
-        git_commit=None,
-        variables={},
-    )
+def machine_of(cores: int = 2, *accelerators: Accelerator) -> Environment:
+    known = {"cores_logical": cores, "cores_physical": cores, "cores_usable": cores}
+    return environment(memory_bytes=2**34, shm_bytes=2**33, accelerators=accelerators, **known)
 
 
-CPU = environment()
-GPU = environment(16, Accelerator(name="H200", kind="cuda", index=0, memory_bytes=2**37))
-MPS = environment(8, Accelerator(name="M3", kind="mps", index=0))
+CPU = machine_of()
+GPU = machine_of(16, Accelerator(name="H200", kind="cuda", index=0, memory_bytes=2**37))
+MPS = machine_of(8, Accelerator(name="M3", kind="mps", index=0))
 
 
 def test_full_factorial_in_an_order_that_the_seed_decides():
@@ -138,7 +115,7 @@ def test_no_values_are_refused():
         expand(Plan(axes=Axes(workers=())), CPU)
 
 
-@pytest.mark.parametrize("machine", [CPU, GPU, MPS, environment(64), environment(1)])
+@pytest.mark.parametrize("machine", [CPU, GPU, MPS, machine_of(64), machine_of(1)])
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_default_plan_fits_the_machine(machine, quick):
     axes = default_axes(machine, quick=quick)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bsprof.measure import rates
-from bsprof.measure.rates import Crew, Extent, Tally
+from bsprof.measure import backends, rates
+from bsprof.measure.crew import Crew
+from bsprof.measure.rates import Extent, Tally
 
 SMALL = Extent(
     copy_bytes=2**20,
@@ -179,13 +180,13 @@ def test_tf32_is_asked_for_only_where_it_is_meant_and_restored(monkeypatch):
 
 
 def test_what_has_no_tf32_says_so(monkeypatch):
-    assert rates._lacks_tf32(torch.device("xpu"))
+    assert backends.lacks_tf32(torch.device("xpu"))
     capability = (7, 5)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert rates._lacks_tf32(torch.device("cuda"))
+    assert backends.lacks_tf32(torch.device("cuda"))
     capability = (9, 0)
-    assert rates._lacks_tf32(torch.device("cuda")) == ""
+    assert backends.lacks_tf32(torch.device("cuda")) == ""
 
 
 # --- repeats ----------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from bsprof.model import (
     Hotspot,
     Measurement,
     Memory,
-    Note,
     Outcome,
     OutcomeKind,
     Plan,
@@ -37,6 +36,7 @@ from bsprof.model import (
     Startup,
     case_key,
 )
+from bsprof.noun import Note
 from bsprof.report import figures
 from bsprof.report.progress import Progress
 from bsprof.report.terminal import render, render_cases, render_catalogue, render_environment, render_selftest

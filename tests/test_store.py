@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import bsprof.store
 from bsprof.errors import BsprofError
+from bsprof.loading import MAIN, Batches, Worker
 from bsprof.model import (
     Accelerator,
     Axes,
@@ -30,7 +31,6 @@ from bsprof.model import (
     Environment,
     Facts,
     Measurement,
-    Note,
     Outcome,
     Plan,
     Result,
@@ -40,6 +40,7 @@ from bsprof.model import (
     Stop,
     case_key,
 )
+from bsprof.noun import Note
 from bsprof.store import Header, Journal, encode, load, read_plan, save, schema_json
 
 GOLDEN = Path(__file__).parent / "golden" / "result-schema-1.json"
@@ -192,6 +193,10 @@ def strategy(kind):
         return st.dictionaries(strategy(args[0]), strategy(args[1]), max_size=3)
     if kind is Samples:
         return noun(Samples).map(consistent)
+    if kind is Batches:
+        return batches()
+    if kind is Worker:
+        return noun(Worker).map(lambda w: msgspec.structs.replace(w, private_bytes=[0] * len(w.memory_at_ns)))
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return noun(kind)
     plain = {int: WHOLE, float: st.floats(allow_nan=False, allow_infinity=False), str: st.text(), bool: st.booleans()}
@@ -200,6 +205,29 @@ def strategy(kind):
 
 def noun(kind):
     return st.builds(kind, **{field.name: strategy(field.type) for field in msgspec.structs.fields(kind)})
+
+
+@st.composite
+def batches(draw):
+    """Return as many entries in every column; moments may lie before the watching began, durations are none or some."""
+    count = draw(st.integers(0, 3))
+    durations, moments = st.integers(0, 2**62), st.integers(-(2**62), 2**62)
+
+    def column(values):
+        return draw(st.lists(values, min_size=count, max_size=count))
+
+    columns = {}
+    for field in msgspec.structs.fields(Batches):
+        values = moments if field.name.endswith("_at_ns") else durations
+        if field.name == "stage_ns":
+            columns[field.name] = {name: column(durations) for name in draw(st.sets(st.text(), max_size=2))}
+        elif field.name == "worker":
+            columns[field.name] = column(st.integers(MAIN, 2**31))
+        else:
+            columns[field.name] = column(
+                values | st.none() if type(None) in typing.get_args(typing.get_args(field.type)[0]) else values
+            )
+    return Batches(**columns)
 
 
 def consistent(samples):

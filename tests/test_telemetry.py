@@ -20,7 +20,8 @@ from bsprof.measure import telemetry
 from bsprof.measure.nvml import Gpu
 from bsprof.measure.sampler import Host, descends, next_tick
 from bsprof.measure.telemetry import Recording
-from bsprof.model import ForeignProcess, Note, Telemetry
+from bsprof.model import ForeignProcess, Telemetry
+from bsprof.noun import Note
 
 PATIENCE_S = 30.0
 """How long a test waits for a process before it gives up; none waits so long unless something is broken."""

@@ -16,6 +16,7 @@ from benchmarks.gpu.command import bench, marked, python, told
 from benchmarks.gpu.verdict import Line, Stand, Unable, fail, judge, skip
 from bsprof import findings, metrics
 from bsprof.model import LargestBatch, Measurement, Result
+from bsprof.readings import Reading
 
 SHORT = ("--max-case-time", "4", "--precision", "0.05")
 REHEARSED = ("--max-case-time", "0.4", "--precision", "0.5", "--threads", "1")
@@ -321,7 +322,7 @@ def _at(measurement: Measurement, path: str) -> object:
 def _value(name: str, measurement: Measurement) -> float | None:
     if measurement.samples is None:
         return None
-    value = metrics.METRICS[name].compute(metrics.Reading(measurement.samples))
+    value = metrics.METRICS[name].compute(Reading(measurement.samples))
     return value if isinstance(value, float) else None
 
 

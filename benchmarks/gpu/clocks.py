@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import msgspec
+
 from benchmarks.gpu.device import Device, Stopwatch, milliseconds
 from benchmarks.gpu.training import real_training
 from benchmarks.gpu.verdict import Line, Stand, judge
@@ -14,6 +16,7 @@ from bsprof.measure import selftest
 from bsprof.measure.loop import Stage, run_block
 from bsprof.measure.tape import Steps, Tape
 from bsprof.model import PHASES, Block, Samples
+from bsprof.readings import Reading
 
 DELAY_NS = 5_000_000
 TOLERANCE, TOLERANCE_NS = 0.01, 100_000
@@ -175,6 +178,18 @@ def _stage(device: Device, clock: str, delay_ns: int, watch: Stopwatch, spent: l
     return on_device if clock == "device" else on_host
 
 
+def _samples(host: Steps, on_device: Steps, block: Block, outside_ns: int) -> Samples:
+    """Return what was recorded as a case's samples, the block timed by one pair of events around it."""
+    return Samples(
+        batch_size=None,
+        step_ns=host.step_ns,
+        host_ns=host.phase_ns,
+        device_step_ns=on_device.step_ns,
+        device_ns=on_device.phase_ns,
+        blocks=[msgspec.structs.replace(block, device_wall_ns=outside_ns)],
+    )
+
+
 # --- wait and stall ---------------------------------------------------------------------------------
 
 
@@ -193,20 +208,13 @@ def stall(stand: Stand) -> Iterator[Line]:
         stages = _paced(device, round(ratio * work_ns), work_ns, watch)
         device.wait()
         host, on_device, block, outside = _recorded(device, stages, steps, lead_in=3)
-        samples = Samples(
-            batch_size=None,
-            step_ns=host.step_ns,
-            host_ns=host.phase_ns,
-            device_step_ns=on_device.step_ns,
-            device_ns=on_device.phase_ns,
-            blocks=[Block(kind=block.kind, steps=block.steps, wall_ns=block.wall_ns, device_wall_ns=outside[0])],
-        )
+        samples = _samples(host, on_device, block, outside[0])
         yield judge_stall(samples, ratio * work_ns, statistics.median(watch.intervals_ns()[::2]))
 
 
 def judge_stall(samples: Samples, period_ns: float, work_ns: float) -> Line:
     """Hold wait, stall and hidden of `samples` against a loader's period and the device's work a step."""
-    reading = metrics.Reading(samples)
+    reading = Reading(samples)
     wait, stalled, hidden = (_seconds(name, reading) * 1e9 for name in ("wait", "stall", "hidden"))
     busy_elsewhere = sum(ns * 1e9 for phase, ns in reading.host.items() if phase != "data")
     expected = max(0.0, period_ns - work_ns)
@@ -233,7 +241,7 @@ def judge_stall(samples: Samples, period_ns: float, work_ns: float) -> Line:
     )
 
 
-def _seconds(name: str, reading: metrics.Reading) -> float:
+def _seconds(name: str, reading: Reading) -> float:
     value = metrics.METRICS[name].compute(reading)
     assert isinstance(value, float), f"{name} was not captured"
     return value
@@ -286,15 +294,7 @@ def _with_work(device: Device, stages: Sequence[Stage]) -> list[Stage]:
 
 def _residual(name: str, device: Device, stages: Sequence[Stage], steps: int) -> Line:
     host, on_device, block, outside = _recorded(device, stages, steps)
-    samples = Samples(
-        batch_size=None,
-        step_ns=host.step_ns,
-        host_ns=host.phase_ns,
-        device_step_ns=on_device.step_ns,
-        device_ns=on_device.phase_ns,
-        blocks=[Block(kind=block.kind, steps=block.steps, wall_ns=block.wall_ns, device_wall_ns=outside[0])],
-    )
-    residual = _seconds("residual", metrics.Reading(samples))
+    residual = _seconds("residual", Reading(_samples(host, on_device, block, outside[0])))
     return judge(
         f"phases of {steps} steps, {name}",
         abs(residual) <= RESIDUAL_LIMIT,

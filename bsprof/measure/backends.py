@@ -59,10 +59,19 @@ def compute_dtype(
     """Return what most of the model's arithmetic is done in: a network with convolutions goes by cuDNN's switch."""
     if amp != "off":
         return amp
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
+    if lacks_tf32(device):
         return "fp32"
     convolves = any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
     return "tf32" if (_convolutions_allow_tf32() if convolves else _products_allow_tf32()) else "fp32"
+
+
+def lacks_tf32(device: torch.device) -> str:
+    """Return why `device` has no TF32, or nothing where it has: elsewhere torch computes in fp32, whatever is asked."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "TF32 is a format of NVIDIA's devices"
+    if torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
+        return "the device has no TF32"
+    return ""
 
 
 def _convolutions_allow_tf32() -> bool:

@@ -8,15 +8,17 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
 
 from bsprof import cgroup, stats
+from bsprof.loading import Loading
 from bsprof.measure import backends, flops, malloc, memory, profiling, telemetry
 from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device, wait_for
 from bsprof.measure.counters import CounterWindow
@@ -31,7 +33,6 @@ from bsprof.model import (
     Facts,
     Measurement,
     Memory,
-    Note,
     Outcome,
     Plan,
     Profile,
@@ -41,11 +42,22 @@ from bsprof.model import (
     Startup,
     Telemetry,
 )
+from bsprof.noun import Note
 from bsprof.workloads.loading import build_loader
 from bsprof.workloads.registry import Data, DataRequest, build_data, build_model
 
 Emit = Callable[[str, int, float | None], None]
 """Tells the parent: stage, instrumented steps so far, precision so far."""
+
+
+class Watch(Protocol):
+    """Looks at the loader of a training for some seconds; `thorough` also asks what the machine could do."""
+
+    def __call__(
+        self, training: Training, stages: Sequence[Stage], model: str, seconds: float, *, thorough: bool
+    ) -> Loading:
+        """Return what was seen."""
+
 
 WARMUP_SHARE = 0.3
 """Warm-up may take this share of `max_case_time_s`."""
@@ -64,6 +76,8 @@ MEMORY_STEPS = 3
 """The caching allocator asks the driver for nothing new after a few steps."""
 INSPECTION_SHARE = 0.25
 """What is looked at after the timed window may take this share of `max_case_time_s`."""
+WATCH_SHARE = {"off": 0.0, "short": 0.1, "full": 0.4}
+"""The loader is watched for this share of `max_case_time_s`."""
 EPOCH_SHARE = 0.1
 """A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
@@ -88,14 +102,21 @@ def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
 
 
 def measure(
-    case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit, trace: Path | None = None
+    case: Case,
+    plan: Plan,
+    *,
+    cache: Path,
+    requested_ns: int,
+    emit: Emit,
+    trace: Path | None = None,
+    watch: Watch | None = None,
 ) -> Measurement:
     """Measure `case` in this process and return what came of it; a failure is an outcome, never an exception.
 
     `requested_ns` is the parent's reading of the host clock when it asked for this process. The parent adds `wall_s`.
-    The profiler's trace is kept in the file `trace`, if one is named.
+    The profiler's trace is kept in the file `trace`, if one is named, and `watch` looks at the loader.
     """
-    run = CaseRun(case, plan, cache, emit, trace)
+    run = CaseRun(case, plan, cache, emit, trace, watch)
     entered_ns = host_clock()
     outcome = Outcome(kind="ok")
     kills_before = cgroup.oom_kills() or 0
@@ -125,6 +146,7 @@ def measure(
         memory=run.memory,
         profile=run.profile,
         telemetry=run.telemetry,
+        loading=run.loading,
         notes=tuple(run.notes),
     )
 
@@ -132,8 +154,11 @@ def measure(
 class CaseRun:
     """The state of one case while it is measured. What is known survives a failure in a later stage."""
 
-    def __init__(self, case: Case, plan: Plan, cache: Path, emit: Emit, trace: Path | None) -> None:
+    def __init__(
+        self, case: Case, plan: Plan, cache: Path, emit: Emit, trace: Path | None, watch: Watch | None = None
+    ) -> None:
         assert case.settings is not None
+        self._watch = watch
         self.trace = trace
         self.settings, self.plan, self.cache, self.emit = case.settings, plan, cache, emit
         self.seed = plan.seed + case.process
@@ -160,6 +185,7 @@ class CaseRun:
         self.serialised: Serialised | None = None
         self.profile: Profile | None = None
         self.telemetry: Telemetry | None = None
+        self.loading: Loading | None = None
         self._epoch_marks: list[int] = []
         self._counters: Counters | None = None
         self._marking = False
@@ -202,6 +228,9 @@ class CaseRun:
             with self._stage("inspect"):
                 self._inspect()
             self.training.stop()
+            if self._watch is not None and self._watched_s:
+                with self._stage("loader"):
+                    self._watch_loader(self._watch)
             with self._stage("epoch"):
                 self._price_epochs()
         except (OSError, EOFError):
@@ -302,7 +331,7 @@ class CaseRun:
     def _measure(self, end_ns: int) -> None:
         """Alternate blocks with and without marks, the order swapped from pair to pair, until precise or late."""
         stop = self.plan.stop
-        end_ns -= self._inspection_ns()
+        end_ns -= self._inspection_ns()[0] + round(self._watched_s * 1e9)
         size = self._block_size(end_ns)
         if self._on_device:
             # While events are made the device runs dry: before it is given work, not inside the first block.
@@ -319,7 +348,7 @@ class CaseRun:
                 self._run_block(kind, size)
             pair += 1
             seen = self._seen_step_ns()
-            precision = stats.median(seen).precision if seen else None
+            precision = _precision(seen)
             steps = len(self._step_ns)
             self.emit("measure", steps, precision)
             precise = precision is not None and precision <= stop.precision and steps >= stop.min_steps and pair >= 2
@@ -332,8 +361,7 @@ class CaseRun:
         self._memory.end()
         self._settle()
         if not precise:  # on steps that the device had not passed yet as well
-            seen = self._seen_step_ns()
-            precision = stats.median(seen).precision if seen else None
+            precision = _precision(self._seen_step_ns())
             precise = precision is not None and precision <= stop.precision
         if not precise and not self.plan.largest_batch:
             reached = "no interval" if precision is None else f"±{precision:.1%}"
@@ -450,22 +478,33 @@ class CaseRun:
         recent = sorted(self._warmup_ns[-SMALLEST_WINDOW:])
         return max(1, recent[len(recent) // 2])
 
-    def _inspection_ns(self) -> int:
-        """Return the time to leave for what is looked at after the timed window."""
+    def _inspection_ns(self) -> tuple[int, int]:
+        """Return the time to leave for what is looked at after the timed window, and what all of it would take."""
         wanted = sum(steps + 1 for _, steps, _ in self._looks()) * self._recent_step_ns()
-        return min(wanted, round(self.plan.stop.max_case_time_s * 1e9 * INSPECTION_SHARE))
+        return min(wanted, round(self.plan.stop.max_case_time_s * 1e9 * INSPECTION_SHARE)), wanted
 
     def _inspect(self) -> None:
         """Learn what would have distorted the timed window.
 
         Where the steps asked for take longer than the time left for them, fewer are taken, of each look one at least.
         """
-        looks = self._looks()
-        wanted_ns = max(1, sum(steps + 1 for _, steps, _ in looks) * self._recent_step_ns())
-        fits = min(1.0, self._inspection_ns() / wanted_ns)
-        for name, steps, look in looks:
+        left_ns, wanted_ns = self._inspection_ns()
+        for name, steps, look in self._looks():
             with self._noted(name):
-                look(max(1, round(steps * fits)))
+                look(max(1, round(steps * left_ns / wanted_ns)))
+
+    def _watch_loader(self, watch: Watch) -> None:
+        """Learn why the loader is as slow as it is, from an iterator of its own."""
+        thorough = self.plan.diagnose == "full"
+        with self._noted("loader"):
+            self.loading = watch(self.training, self.stages, self.settings.model, self._watched_s, thorough=thorough)
+
+    @property
+    def _watched_s(self) -> float:
+        """For how long the loader is watched."""
+        if self.plan.largest_batch:
+            return 0.0
+        return self.plan.stop.max_case_time_s * WATCH_SHARE[self.plan.diagnose]
 
     def _serialise(self, steps: int) -> None:
         self.serialised = run_serialised(self._stages, steps, self._settle)
@@ -527,6 +566,11 @@ class CaseRun:
 
     def _note(self, code: str, text: str) -> None:
         self.notes.append(Note(code=code, text=text))
+
+
+def _precision(step_ns: list[int]) -> float | None:
+    """Return the relative half-width of the median's interval, or None where there are too few steps for one."""
+    return stats.median(step_ns).precision if step_ns else None
 
 
 def _blame_a_worker() -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bsprof import cgroup
-from bsprof.model import Counters, Note
+from bsprof.loading import MachineUse
+from bsprof.model import Counters
+from bsprof.noun import Note
 
 PRESSURE_SHARE = 0.05
 """Share of the window in which something that could run had to wait for a core. From 5 % on it marks about half of the
@@ -92,6 +94,21 @@ def contention_notes(before: Machine, after: Machine) -> list[Note]:
     return [*_waiting(before, after), *_steal(before, after), *_quota(before, after)]
 
 
+def machine_use(before: Machine, after: Machine, cores: float) -> MachineUse:
+    """Return what the whole machine did between two readings; `cores` is how many this program may use."""
+    wall = after.clock_s - before.clock_s
+    foreign = _foreign_cores(before, after)
+    waited = _change(before.pressure_s, after.pressure_s)
+    return MachineUse(
+        cores=cores,
+        own_cores=max(0.0, after.own_s - before.own_s) / wall if wall > 0 else None,
+        foreign_cores=foreign[0] if foreign else None,
+        stolen_share=_stolen_share(before, after),
+        throttled_share=_throttled_share(before, after),
+        pressure_share=waited / wall if waited is not None and wall > 0 else None,
+    )
+
+
 def _waiting(before: Machine, after: Machine) -> list[Note]:
     wall = after.clock_s - before.clock_s
     waited = _change(before.pressure_s, after.pressure_s)
@@ -129,27 +146,33 @@ def _foreign_cores(before: Machine, after: Machine) -> tuple[float, float] | Non
     return max(0.0, busy - (after.own_s - before.own_s)) / wall, max(1.0, (busy + idle + stolen) / wall)
 
 
-def _steal(before: Machine, after: Machine) -> list[Note]:
+def _stolen_share(before: Machine, after: Machine) -> float | None:
     stolen, busy = _change(before.stolen_s, after.stolen_s), _change(before.busy_s, after.busy_s)
     if stolen is None or busy is None or stolen + busy < MIN_CORE_SECONDS:
-        return []
-    share = stolen / (stolen + busy)
-    if share < STEAL_SHARE:
+        return None
+    return stolen / (stolen + busy)
+
+
+def _steal(before: Machine, after: Machine) -> list[Note]:
+    share = _stolen_share(before, after)
+    if share is None or share < STEAL_SHARE:
         return []
     return [Note(code="steal", text=f"the hypervisor gave {share:.1%} of the CPU time wanted here to other guests")]
 
 
-def _quota(before: Machine, after: Machine) -> list[Note]:
+def _throttled_share(before: Machine, after: Machine) -> float | None:
     if before.throttling is None or after.throttling is None:
+        return None
+    periods = after.throttling.periods - before.throttling.periods
+    return (after.throttling.throttled_periods - before.throttling.throttled_periods) / periods if periods > 0 else None
+
+
+def _quota(before: Machine, after: Machine) -> list[Note]:
+    share = _throttled_share(before, after)
+    if share is None or share < THROTTLED_SHARE or before.throttling is None or after.throttling is None:
         return []
-    first, last = before.throttling, after.throttling
-    periods, throttled = last.periods - first.periods, last.throttled_periods - first.throttled_periods
-    if periods <= 0 or throttled < THROTTLED_SHARE * periods:
-        return []
-    held_s = (last.throttled_ns - first.throttled_ns) / 1e9
-    text = (
-        f"the control group's CPU quota ran out in {throttled / periods:.0%} of its periods ({held_s:.2f} s held back)"
-    )
+    held_s = (after.throttling.throttled_ns - before.throttling.throttled_ns) / 1e9
+    text = f"the control group's CPU quota ran out in {share:.0%} of its periods ({held_s:.2f} s held back)"
     return [Note(code="cpu_quota", text=text)]
 
 

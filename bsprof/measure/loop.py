@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,19 +42,24 @@ def run_block(stages: Sequence[Stage], steps: int, tape: Tape | None) -> Block:
     return Block(kind="instrumented", steps=steps, wall_ns=clock() - start)
 
 
-def run_serialised(stages: Sequence[Stage], steps: int, wait: Callable[[], None]) -> Serialised:
-    """Run `steps` steps with a `wait` for the device at the end of each stage, so that nothing overlaps."""
+def followed(stages: Sequence[Stage], behind: Mapping[str, Callable[[], None]]) -> list[Stage]:
+    """Return `stages` with what stands `behind` a phase run right after it, before its mark."""
 
-    def alone(run: Callable[[], None]) -> Callable[[], None]:
+    def both(run: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
         def stage() -> None:
             run()
-            wait()
+            then()
 
         return stage
 
+    return [(phase, both(run, behind[phase]) if phase in behind else run) for phase, run in stages]
+
+
+def run_serialised(stages: Sequence[Stage], steps: int, wait: Callable[[], None]) -> Serialised:
+    """Run `steps` steps with a `wait` for the device at the end of each stage, so that nothing overlaps."""
     tape = Tape()
     wait()
-    run_block([(phase, alone(run)) for phase, run in stages], steps, tape)
+    run_block(followed(stages, {phase: wait for phase, _ in stages}), steps, tape)
     return Serialised(host_ns=tape.host_steps().phase_ns)
 
 
@@ -77,7 +82,7 @@ class Training:
         self._step_model: Callable[[Any], Any] = torch.compile(model) if settings.compile else model
         self._loader = loader
         self._optimizer = optimizer
-        self._device = device
+        self.device = device
         self._layout = torch.channels_last if settings.channels_last else torch.preserve_format
         self._loss_fn = nn.CrossEntropyLoss()
         self._precision: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -121,12 +126,18 @@ class Training:
                     "the data has no full batch to give", hint="a smaller --batch-size, or more samples"
                 ) from None
 
+    def train_on(self, batch: Any) -> None:
+        """Take a step on a batch of (images, labels) that came from elsewhere."""
+        self._batch = batch
+        for _, run in self.stages[1:]:
+            run()
+
     def transfer(self) -> None:
         """Copy the batch to the device; with pinned memory the copy is asynchronous."""
         images, labels = self._batch
         self._batch = (
-            images.to(self._device, non_blocking=True, memory_format=self._layout),
-            labels.to(self._device, non_blocking=True),
+            images.to(self.device, non_blocking=True, memory_format=self._layout),
+            labels.to(self.device, non_blocking=True),
         )
 
     def forward(self) -> None:
@@ -159,6 +170,11 @@ class Training:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def batch(self) -> Any:
+        """The last batch, where it was taken to."""
+        return self._batch
 
     def batch_bytes(self) -> int | None:
         """Return the size of the last batch in bytes, labels included: what `h2d` moves."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,10 @@ import torch
 
 from bsprof import cgroup
 from bsprof.errors import BsprofError
+from bsprof.measure.loop import Stage
 from bsprof.model import Memory
 
 _SELF = Path("/proc/self")
-
-Stage = tuple[str, Callable[[], None]]
-"""A phase and the code that is it, as in `measure.loop`."""
 
 
 class Watch(Protocol):

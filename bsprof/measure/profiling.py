@@ -16,7 +16,8 @@ from bsprof.files import write_whole
 from bsprof.measure.clock import host_clock, wait_for
 from bsprof.measure.loop import Stage
 from bsprof.measure.traces import RANGE, read_trace
-from bsprof.model import Note, Profile
+from bsprof.model import Profile
+from bsprof.noun import Note
 
 _TWO_PROFILERS = ("Profiler is already enabled", "Can't disable Kineto profiler when it's not running")
 """What torch says when one profiler was started inside another: its versions differ in which of them finds out."""

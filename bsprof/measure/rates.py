@@ -12,11 +12,9 @@ import datetime
 import functools
 import io
 import math
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,10 +22,13 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from bsprof import stats
+from bsprof.measure.backends import lacks_tf32
 from bsprof.measure.clock import EventClock, host_clock, present_device
+from bsprof.measure.crew import Crew, spin
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
-from bsprof.model import Ceiling, Ceilings, Note
+from bsprof.model import Ceiling, Ceilings
+from bsprof.noun import Note
 from bsprof.workloads import registry
 from bsprof.workloads.imagefolder import decode_image
 from bsprof.workloads.registration import DataRequest
@@ -47,7 +48,6 @@ COLD_SHARE = 0.8
 _LISTEN_S = 0.5
 _QUIET = 0.1
 _READ_BYTES = 2**20
-_SPIN = 10_000
 
 
 class Extent(NamedTuple):
@@ -96,7 +96,7 @@ def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ce
             emit("copies to the accelerator", 0, None)
             measure_copies(tally, device)
             emit("matrix products on the accelerator", 0, None)
-            measure_matrices(tally, device, {"fp32": "", "tf32": _lacks_tf32(device), "bf16": "", "fp16": ""})
+            measure_matrices(tally, device, {"fp32": "", "tf32": lacks_tf32(device), "bf16": "", "fp16": ""})
     return Ceilings(
         identity=identity,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -289,15 +289,6 @@ def _product(side: int, device: torch.device, dtype: str) -> Seconds:
     return seconds
 
 
-def _lacks_tf32(device: torch.device) -> str:
-    """Return why `device` has no TF32, or nothing where it has: elsewhere torch would compute in fp32 unasked."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "TF32 is a format of NVIDIA's devices"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the device has no TF32"
-    return ""
-
-
 @contextlib.contextmanager
 def _float32_products(precision: str) -> Iterator[None]:
     """Let float32 matrix products be computed as `precision` says; this sets `allow_tf32` along with it."""
@@ -322,63 +313,6 @@ def _threads(count: int) -> Iterator[None]:
 # --- processes --------------------------------------------------------------------------------------
 
 
-class Crew:
-    """Processes that do the same work at the same time. A context manager: none of them outlives it."""
-
-    def __init__(self, size: int, work: Callable[[int], None]) -> None:
-        self._pipes: list[Connection] = []
-        self._processes: list[multiprocessing.Process] = []
-        try:
-            for _ in range(size):
-                ours, theirs = multiprocessing.Pipe()
-                self._pipes.append(ours)
-                process = multiprocessing.Process(target=_serve, args=(theirs, work), daemon=True)
-                process.start()
-                self._processes.append(process)
-                theirs.close()  # so that a process that dies leaves nobody who could still answer
-            self.seconds(size, 1)  # all are there, and have done it once
-        except BaseException:
-            self.close()
-            raise
-
-    def seconds(self, processes: int, count: int) -> list[float]:
-        """Let each of the first `processes` do the work `count` times, all at once; returns the seconds each took."""
-        busy = self._pipes[:processes]
-        try:
-            for pipe in busy:
-                pipe.send(count)
-            return [pipe.recv() for pipe in busy]
-        except (EOFError, ConnectionError):
-            raise RuntimeError("a process that was to take part died") from None
-
-    def close(self) -> None:
-        """End and reap all processes."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-            process.close()
-        for pipe in self._pipes:
-            pipe.close()
-
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _serve(pipe: Connection, work: Callable[[int], None]) -> None:
-    while True:
-        try:
-            count = pipe.recv()
-        except EOFError:
-            return
-        start = host_clock()
-        work(count)
-        pipe.send((host_clock() - start) / 1e9)
-
-
 def measure_cores(tally: Tally, cores: int) -> None:
     """Measure how many cores really run at once: the speeds of k copies of a loop, summed; that of one alone is 1.
 
@@ -396,15 +330,8 @@ def measure_cores(tally: Tally, cores: int) -> None:
 
         return rate
 
-    with tally.or_missing("cpu_cores"), Crew(cores, _spin) as crew:
+    with tally.or_missing("cpu_cores"), Crew(cores, spin) as crew:
         tally.measure("cores", {"cpu_cores": functools.partial(together, crew)})
-
-
-def _spin(count: int) -> None:
-    """Keep a core busy with arithmetic that needs no memory."""
-    value = 1
-    for _ in range(count * _SPIN):
-        value = (value * 1103515245 + 12345) & 0x7FFFFFFF
 
 
 # --- decoding ---------------------------------------------------------------------------------------

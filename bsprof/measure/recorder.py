@@ -15,7 +15,8 @@ from bsprof.measure import environment
 from bsprof.measure.clock import DeviceClock, HostClock, device_clock, host_clock, present_device
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.tape import OTHER, Steps, Tape, cost_per_step_ns
-from bsprof.model import Case, Facts, Measurement, Note, Outcome, Result, Samples, Startup
+from bsprof.model import Case, Facts, Measurement, Outcome, Result, Samples, Startup
+from bsprof.noun import Note
 
 Batch = TypeVar("Batch")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bsprof import stats
 from bsprof.measure.clock import DeviceClock, HostClock, device_clock, host_clock
-from bsprof.measure.loop import Stage, Training, run_block
+from bsprof.measure.loop import Training, followed, run_block
 from bsprof.measure.tape import Steps, Tape
 from bsprof.model import PHASES, Check, Settings
 
@@ -103,7 +103,7 @@ def run(emit: Emit, *, clock: HostClock = host_clock) -> list[Check]:
         slow = planted != "data" and delay_ns > 0
         behind = {planted: lambda: samples.spent_ns.append(spin(delay_ns, clock))} if slow else {}
         tape = Tape(clock=clock)
-        wall_ns = run_block(_followed(training.stages, behind), BLOCK, tape).wall_ns
+        wall_ns = run_block(followed(training.stages, behind), BLOCK, tape).wall_ns
         samples.delay_ns = 0
         return _Block(tape.host_steps(), wall_ns, samples.spent_ns.copy())
 
@@ -136,7 +136,7 @@ def run_on_device(
         tape = Tape(device_clock=own)
         tape.reserve(BLOCK * len(PHASES) + 1)
         before = own.stamp()
-        run_block(_followed(training.stages, behind), BLOCK, tape)
+        run_block(followed(training.stages, behind), BLOCK, tape)
         after = own.stamp()
         steps = tape.device_steps()
         assert steps is not None
@@ -207,16 +207,3 @@ def _check(planted: str, clock: Literal["host", "device"], block: Callable[[str,
         tolerance_ns=tolerance,
         passed=largest_error <= tolerance,
     )
-
-
-def _followed(stages: Sequence[Stage], behind: Mapping[str, Callable[[], None]]) -> list[Stage]:
-    """Return `stages` with what stands `behind` a phase run right after it, before its mark."""
-
-    def both(run: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
-        def stage() -> None:
-            run()
-            then()
-
-        return stage
-
-    return [(phase, both(run, behind[phase]) if phase in behind else run) for phase, run in stages]

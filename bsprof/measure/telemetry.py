@@ -18,7 +18,8 @@ import torch
 from bsprof.errors import BsprofError
 from bsprof.measure.nvml import Gpu, Number
 from bsprof.measure.sampler import FORMAT, End, Header, Lost, Process, Processes, Request, Sample
-from bsprof.model import Energy, ForeignProcess, Note, Telemetry
+from bsprof.model import Energy, ForeignProcess, Telemetry
+from bsprof.noun import Note
 
 KEEP_S = 1.0
 """Samples so long before and after the window are kept: what came before explains its beginning."""

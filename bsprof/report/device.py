@@ -5,7 +5,7 @@ Every table holds only what was captured. Nothing is printed where nothing was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from bsprof.model import Ceilings, Copy, Hotspot, Profile
 from bsprof.report import figures
 from bsprof.report.cases import axis_columns
 from bsprof.report.figures import MISSING, case_name
-from bsprof.report.grid import Column, column, is_captured, print_grid, print_words, width_of
+from bsprof.report.grid import Column, column, heading, is_captured, parts, print_grid, print_words, width_of
 
 _FEW = 2
 """So many cases, and each has its phases and hot spots shown; of more, the fastest alone."""
@@ -43,10 +43,6 @@ def render_device(
     _render_payback(measured, varying, console)
     _render_growth(measured, varying, console)
     _render_switches(measured, varying, console)
-
-
-def _heading(console: Console, text: str) -> None:
-    print_words(console, Text(text, "bold"), indent=0)
 
 
 # --- one row a case ---------------------------------------------------------------------------------------
@@ -118,24 +114,13 @@ def _render_each(cases: Sequence[CaseSummary], varying: Sequence[str], console: 
     if not columns:
         return
     on_device = any(case.facts and case.facts.device != "cpu" for case in cases)
-    _heading(console, "What the device did" if on_device else "What the machine did")
-    for part in _parts(axes, columns, console.width):
+    heading(console, "What the device did" if on_device else "What the machine did")
+    for part in parts(axes, columns, console.width):
         print_grid(console, part, {}, len(axes))
         console.print()
     print_words(console, Text(" · ".join(explained), "dim"))
     _render_unresolved_energy(cases, varying, console)
     console.print()
-
-
-def _parts(axes: list[Column], columns: Sequence[Column], width: int) -> Iterator[list[Column]]:
-    """Split columns into as many grids as the width asks for, so that none is lost; each has the axes."""
-    part: list[Column] = []
-    for one in columns:
-        if part and width_of([*axes, *part, one]) > width:
-            yield [*axes, *part]
-            part = []
-        part.append(one)
-    yield [*axes, *part]
 
 
 _POOLS = {
@@ -232,8 +217,8 @@ def _render_phases(case: CaseSummary, name: str, console: Console) -> None:
     columns = [column for column in columns if is_captured(column)]
     if not any(column.header.startswith(("alone", "busy", "peak", "reserved")) for column in columns):
         return
-    _heading(console, f"Phases{name}")
-    for part in _parts([column("", phases, right=False)], columns, console.width):
+    heading(console, f"Phases{name}")
+    for part in parts([column("", phases, right=False)], columns, console.width):
         print_grid(console, part, {}, 1)
         console.print()
     said = []
@@ -259,10 +244,10 @@ def _render_hotspots(case: CaseSummary, name: str, ceilings: Ceilings | None, co
     if profile is None or not profile.steps:
         return
     if profile.kernels and profile.kernels_ns:
-        _heading(console, f"Costliest kernels{name}")
+        heading(console, f"Costliest kernels{name}")
         _print_hotspots(profile, profile.kernels, profile.kernels_ns, "of kernels", console)
     elif profile.operators and profile.operators_ns:
-        _heading(console, f"Costliest operators{name}")
+        heading(console, f"Costliest operators{name}")
         _print_hotspots(profile, profile.operators, profile.operators_ns, "of operators", console)
     copies = [_copy(copy, profile.steps, ceilings) for copy in profile.copies if copy.calls]
     if copies:
@@ -330,7 +315,7 @@ def _render_payback(cases: Sequence[CaseSummary], varying: Sequence[str], consol
         column("search", (figures.duration(pair.cost_s) for pair in pairs)),
         column("has paid after", (_paid(pair) for pair in pairs)),
     ]
-    _heading(console, "cudnn.benchmark: what its search costs, and when it has paid")
+    heading(console, "cudnn.benchmark: what its search costs, and when it has paid")
     print_grid(console, columns, {}, lead)
     console.print()
     print_words(
@@ -351,7 +336,7 @@ def _render_growth(cases: Sequence[CaseSummary], varying: Sequence[str], console
     grown = findings.memory_growth(cases)
     others = [name for name in varying if name != "batch_size"]
     if grown:
-        _heading(console, "Memory by batch size")
+        heading(console, "Memory by batch size")
     for growth in grown:
         text = f"{case_name(growth.cases[0].case, others)}: " if len(grown) > 1 else ""
         text += f"{figures.size(growth.a_sample)} a sample; batch {growth.batch_size} would take "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -37,6 +37,17 @@ def width_of(columns: Sequence[Column]) -> int:
 
 def _cells_width(column: Column) -> int:
     return max([len(column.header), *(cell.cell_len for cell in column.cells)])
+
+
+def parts(axes: list[Column], columns: Sequence[Column], width: int) -> Iterator[list[Column]]:
+    """Split columns into as many grids as the width asks for, so that none is lost; each has the axes."""
+    part: list[Column] = []
+    for one in columns:
+        if part and width_of([*axes, *part, one]) > width:
+            yield [*axes, *part]
+            part = []
+        part.append(one)
+    yield [*axes, *part]
 
 
 def print_grid(console: Console, columns: Sequence[Column], after: dict[int, list[Text]], lead: int) -> None:
@@ -90,6 +101,14 @@ def print_line(console: Console, text: Text) -> None:
         # A message may hold anything: what moves the cursor or paints the screen must not reach the terminal.
         text.plain = figures.printable(text.plain)
     console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
+
+
+def heading(console: Console, text: str, explained: str = "") -> None:
+    """Print the heading of a table, and what it needs said in a word behind it."""
+    title = Text(text, "bold")
+    if explained:
+        title.append(f" · {explained}", "not bold dim")
+    print_words(console, title, indent=0)
 
 
 def print_words(console: Console, text: Text | str, indent: int = 2) -> None:

@@ -26,6 +26,7 @@ _STAGES = {
     "build": "building",
     "warmup": "warming up",
     "measure": "measuring",
+    "loader": "watching the loader",
     "epoch": "crossing an epoch",
 }
 

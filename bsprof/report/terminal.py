@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,14 +12,16 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
+from bsprof import store
 from bsprof.metrics import CaseSummary, summarise, varying_axes
 from bsprof.model import Result
 from bsprof.report import figures, words
 from bsprof.report.cases import caption, marks_of
 from bsprof.report.cases import render_cases as render_cases
 from bsprof.report.device import render_device
-from bsprof.report.grid import print_line, print_words
+from bsprof.report.grid import heading, print_line, print_words
 from bsprof.report.largest import render_largest
+from bsprof.report.loading import render_loading, render_short
 from bsprof.report.machine import machine_lines
 from bsprof.report.machine import render_environment as render_environment
 from bsprof.report.machine import render_selftest as render_selftest
@@ -66,11 +69,23 @@ def console(*, stderr: bool = False) -> Console:
     return found
 
 
-def render(result: Result, console: Console) -> None:
+def print_json(result: Result) -> None:
+    """Write `result` to stdout. Raises OSError where that cannot be written."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "closed")
+    sys.stdout.buffer.write(store.encode(result) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def render(result: Result, console: Console, *, sweep: bool = False) -> None:
     """Print a result: what was held constant, the tables, notes and failures, the machine, a paragraph of words.
 
-    Fits `console.width` down to 80 columns; without colour where the console has none.
+    Fits `console.width` down to 80 columns; without colour where the console has none. `sweep` adds what the loader
+    is predicted to deliver under other settings.
     """
+    if result.loader is not None or not any(m.samples or not m.loading for m in result.measurements):
+        _render_loaders(result, console, sweep=sweep)
+        return
     cases = summarise(result)
     varying = varying_axes(case.settings for case in cases)
     facts = [case.facts for case in cases if case.facts]
@@ -83,6 +98,7 @@ def render(result: Result, console: Console) -> None:
             render_steps(cases, varying, console)
             render_costs(cases, varying, console)
             render_device(cases, varying, result.ceilings, console)
+            _render_diagnoses(result, varying, console, sweep=sweep)
         _render_notes(cases, varying, result, console)
         _render_hints(cases, console)
     for line in machine_lines(result.environment):
@@ -91,6 +107,47 @@ def render(result: Result, console: Console) -> None:
         console.print()
         for sentence in words.summary(result, cases):
             print_words(console, sentence)
+
+
+def _render_loaders(result: Result, console: Console, *, sweep: bool) -> None:
+    """Print each loader that was watched, how the watching ended where it failed, and the machine."""
+    for measurement in result.measurements:
+        if len(result.measurements) > 1:
+            heading(console, measurement.case.key)
+        outcome = measurement.outcome
+        if outcome.kind != "ok":
+            print_words(console, Text.assemble((outcome.kind, "bold red"), f" {outcome.message or ''}"), indent=0)
+            if outcome.hint:
+                print_words(console, Text.assemble(("hint", "bold"), f": {outcome.hint}"), indent=0)
+            console.print()
+        if measurement.loading and measurement.diagnosis:
+            render_loading(
+                measurement.loading,
+                measurement.diagnosis,
+                console,
+                sweep=sweep,
+                verifications=result.verifications,
+            )
+    for line in machine_lines(result.environment):
+        print_words(console, Text(line, "dim"))
+
+
+def _render_diagnoses(result: Result, varying: Sequence[str], console: Console, *, sweep: bool) -> None:
+    """Print what is wrong with each case's loader: a line, or all of it where that was asked for."""
+    found = [(m, m.diagnosis) for m in result.measurements if m.diagnosis and m.loading]
+    if not found:
+        return
+    heading(console, "loader")
+    for measurement, diagnosis in found:
+        name = figures.case_name(measurement.case, varying)
+        print_words(console, Text.assemble((f"{name}: " if name else "", "bold"), render_short(diagnosis)))
+    console.print()
+    if result.plan is None or result.plan.diagnose != "full":
+        return
+    for measurement, diagnosis in found:
+        assert measurement.loading is not None
+        heading(console, f"loader of {figures.case_name(measurement.case, varying) or 'the case'}")
+        render_loading(measurement.loading, diagnosis, console, sweep=sweep)
 
 
 def _render_notes(cases: Sequence[CaseSummary], varying: Sequence[str], result: Result, console: Console) -> None:

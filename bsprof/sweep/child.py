@@ -9,6 +9,9 @@ import msgspec
 import platformdirs
 
 from bsprof import store
+from bsprof.diagnosis import diagnose
+from bsprof.loader import measuring as watching
+from bsprof.loading import LoaderRequest
 from bsprof.measure import case as measuring
 from bsprof.measure import environment, rates, selftest
 from bsprof.measure.clock import present_device
@@ -24,6 +27,14 @@ class CaseRequest(msgspec.Struct):
     case: Case
     plan: Plan
     trace: str | None = None
+
+
+class WatchRequest(msgspec.Struct):
+    """What `bsprof loader` was asked, and whether it is the measurement or a round of a verification."""
+
+    request: LoaderRequest
+    deadline_s: float
+    thorough: bool = True
 
 
 class PrepareRequest(msgspec.Struct):
@@ -68,7 +79,25 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     emit = measuring.throttled(emit)
     trace = Path(request.trace) if request.trace else None
     measurement = measuring.measure(
-        request.case, request.plan, cache=cache_dir(), requested_ns=requested_ns, emit=emit, trace=trace
+        request.case,
+        request.plan,
+        cache=cache_dir(),
+        requested_ns=requested_ns,
+        emit=emit,
+        trace=trace,
+        watch=watching.watch_training,
+    )
+    if measurement.loading is not None:
+        found = diagnose(measurement.loading, predictions=request.plan.diagnose == "full")
+        measurement = msgspec.structs.replace(measurement, diagnosis=found)
+    return store.to_json(measurement)
+
+
+def watch_loader(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Watch the loader of a WatchRequest."""
+    asked = msgspec.json.decode(payload, type=WatchRequest)
+    measurement = watching.measure(
+        asked.request, cache_dir(), emit, deadline_s=asked.deadline_s, thorough=asked.thorough
     )
     return store.to_json(measurement)
 

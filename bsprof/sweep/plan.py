@@ -13,7 +13,8 @@ import msgspec
 
 from bsprof.errors import BsprofError
 from bsprof.metrics import varying_axes
-from bsprof.model import AXES, Axes, Axis, Case, Environment, Note, Plan, Settings, case_key
+from bsprof.model import AXES, Axes, Axis, Case, Environment, Plan, Settings, case_key
+from bsprof.noun import Note
 
 FULL_BUDGET_S = 98.0
 QUICK_BUDGET_S = 24.0

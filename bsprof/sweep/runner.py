@@ -11,12 +11,16 @@ import msgspec
 
 from bsprof import cgroup, store
 from bsprof.errors import BsprofError
+from bsprof.loading import LoaderRequest
 from bsprof.model import Case, Ceilings, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.process import ChildError, Death, Progressed, call, current_directory
 
 LAST_WORDS = 200
 """Characters of what a dying process said last that its outcome repeats."""
+
+GRACE_S = 20.0
+"""A child that should have given up by itself is ended so long after."""
 
 UNFINISHED = ("interrupted", "skipped")
 """Outcomes of a case that is still to be measured."""
@@ -111,39 +115,57 @@ class ProcessExecutor:
 
     def measure(self, case: Case, plan: Plan, watcher: Watcher) -> Measurement:
         """Return the child's measurement, or what can be said of its death."""
-        kills_before = cgroup.oom_kills()
         trace = self._trace.get(case)
-        stage = "starting"
         steps = 0
 
         def heard(message: Progressed | None) -> None:
-            nonlocal stage, steps
+            nonlocal steps
             if message is None:
                 watcher.tick()
             else:
-                stage, steps = message.stage, message.steps
+                steps = message.steps
                 watcher.advanced(case, message.stage, message.steps, message.precision)
 
-        started = time.monotonic()
-        try:
-            reply = call(
-                "bsprof.sweep.child:measure",
-                store.to_json({"case": case, "plan": plan, "trace": str(trace) if trace else None}),
-                deadline_s=plan.deadline_s,
-                on_progress=heard,
-                stop=self._stop,
-            )
-        except ChildError as error:
-            outcome = Outcome(kind="error", message=error.text, traceback=error.trace, phase=stage)
-            return Measurement(case=case, outcome=outcome, wall_s=time.monotonic() - started)
-        if reply.value is not None:
-            measurement = msgspec.json.decode(reply.value, type=Measurement)
-            return msgspec.structs.replace(measurement, wall_s=reply.wall_s)
-        assert reply.death is not None
-        oom_kills = (cgroup.oom_kills() or 0) - (kills_before or 0)
-        outcome = death_outcome(reply.death, stage, plan.deadline_s, oom_kills)
-        evidence = {**outcome.evidence, "steps": steps}
-        return Measurement(case=case, outcome=msgspec.structs.replace(outcome, evidence=evidence), wall_s=reply.wall_s)
+        question = {"case": case, "plan": plan, "trace": str(trace) if trace else None}
+        measurement = _measure("measure", question, case, plan.deadline_s, heard, self._stop)
+        if measurement.inside_s is not None or measurement.outcome.kind == "error":
+            return measurement
+        outcome = measurement.outcome  # its process died without a word
+        outcome = msgspec.structs.replace(outcome, evidence={**outcome.evidence, "steps": steps})
+        return msgspec.structs.replace(measurement, outcome=outcome)
+
+
+def _measure(
+    function: str,
+    question: object,
+    case: Case,
+    deadline_s: float,
+    on_progress: Callable[[Progressed | None], None],
+    stop: Interruption,
+) -> Measurement:
+    """Return the Measurement that a function of the child's gives, or what can be said of the child's death."""
+    kills_before = cgroup.oom_kills()
+    stage = "starting"
+
+    def heard(message: Progressed | None) -> None:
+        nonlocal stage
+        if message is not None:
+            stage = message.stage
+        on_progress(message)
+
+    started = time.monotonic()
+    payload = store.to_json(question)
+    try:
+        reply = call(f"bsprof.sweep.child:{function}", payload, deadline_s=deadline_s, on_progress=heard, stop=stop)
+    except ChildError as error:
+        outcome = Outcome(kind="error", message=error.text, traceback=error.trace, phase=stage)
+        return Measurement(case=case, outcome=outcome, wall_s=time.monotonic() - started)
+    if reply.value is not None:
+        return msgspec.structs.replace(msgspec.json.decode(reply.value, type=Measurement), wall_s=reply.wall_s)
+    assert reply.death is not None
+    oom_kills = (cgroup.oom_kills() or 0) - (kills_before or 0)
+    outcome = death_outcome(reply.death, stage, deadline_s, oom_kills)
+    return Measurement(case=case, outcome=outcome, wall_s=reply.wall_s)
 
 
 def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -> Outcome:
@@ -176,6 +198,28 @@ def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -
     *_, last = ["", *death.last_words.splitlines()]
     said = f": {last.strip()[:LAST_WORDS]}" if last else ""
     return Outcome(kind="crash", message=f"{how} in {stage}{said}", phase=stage, evidence=evidence)
+
+
+def watch_loader(
+    request: LoaderRequest,
+    *,
+    thorough: bool,
+    deadline_s: float,
+    on_stage: Callable[[str], None],
+    stop: Interruption,
+) -> Measurement:
+    """Watch a loader in a process of its own and return the Measurement, or what can be said of the process' death.
+
+    Raises BsprofError where there is no such loader, and KeyboardInterrupt once `stop` is requested.
+    """
+
+    def heard(message: Progressed | None) -> None:
+        if message is not None:
+            on_stage(message.stage)
+
+    question = {"request": request, "deadline_s": deadline_s, "thorough": thorough}
+    # The child gives up by itself, and tells what it saw; one that cannot is ended.
+    return _measure("watch_loader", question, Case(key="loader"), deadline_s + GRACE_S, heard, stop)
 
 
 def describe_environment(directory: str | None = None) -> Environment:

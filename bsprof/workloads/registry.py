@@ -28,6 +28,7 @@ __all__ = [
     "build_model",
     "catalogue",
     "check_names",
+    "import_own",
     "prepare_data",
 ]
 
@@ -124,7 +125,7 @@ def _find_data(spec: str) -> tuple[DataSource | None, str]:
     return DATA.get(name), options
 
 
-def _unknown(kind: Kind, name: str, known: Iterable[str]) -> NoReturn:
+def _unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
     near = difflib.get_close_matches(name.partition(":")[0], known)
     guess = f"did you mean {' or '.join(near)}? " if near else ""
     raise BsprofError(
@@ -135,8 +136,11 @@ def _unknown(kind: Kind, name: str, known: Iterable[str]) -> NoReturn:
 # --- the user's own ---------------------------------------------------------------------------------
 
 
-def _import_factory(kind: Kind, spec: str, known: Iterable[str]) -> Callable[..., Any]:
-    """Return what `pkg.module:factory` names, or raise BsprofError saying which part of it failed."""
+def import_own(kind: str, spec: str, known: Iterable[str]) -> Any:
+    """Return what `pkg.module:name` names, or raise BsprofError saying which part of it failed.
+
+    `known` are the names that would have done instead; `kind` says what was looked for.
+    """
     module_name, colon, attribute = spec.partition(":")
     if not (colon and attribute and all(part.isidentifier() for part in module_name.split("."))):
         _unknown(kind, spec, known)
@@ -165,6 +169,11 @@ def _import_factory(kind: Kind, spec: str, known: Iterable[str]) -> Callable[...
                 f"{kind} '{spec}': {module_name} has no {attribute!r}",
                 hint=f"did you mean {' or '.join(near)}?" if near else None,
             ) from None
+    return found
+
+
+def _import_factory(kind: Kind, spec: str, known: Iterable[str]) -> Callable[..., Any]:
+    found = import_own(kind, spec, known)
     if not callable(found) or isinstance(found, nn.Module):
         raise BsprofError(
             f"{kind} '{spec}' is {_a(found)}, not a factory", hint="name a function or class that returns it"
