@@ -1,12 +1,14 @@
 """How well the replay of one recording predicts other settings: real DataLoaders, predicted and then measured.
 
-    python benchmarks/loader_prediction.py [--quick] [--batches 200] [--json FILE]
+    python benchmarks/loader_prediction.py [--quick] [--batches 200] [--rounds 2] [--json FILE]
 
 Each kind of batches (constant, exponential, bimodal; computing, blocked, both) is recorded once, with two workers that
 prefetch two. From that recording alone every other setting is predicted, and then measured: other numbers of workers,
 prefetch, in order or not. Each measurement takes the same batches in another order, as a shuffled epoch does: what is
-judged is the model, and not which batches happened to be recorded. How many speed-ups fall into their interval is
-printed as well.
+judged is the model, and not which batches happened to be recorded. Each setting is measured `--rounds` times, one
+round over all settings after the other; their geometric mean is what the prediction is held against, and how far the
+rounds lie apart says how much of an error is the measurement's. How many speed-ups fall into their interval is printed
+as well.
 
 CPU work spins on the thread's CPU clock, so it takes longer where cores are shared; blocked work sleeps. The cores that
 run at once are measured on the same clock, before and after each recording. Others at work on the machine between the
@@ -200,31 +202,34 @@ def capacity_cores() -> float:
 # --- the table --------------------------------------------------------------------------------------
 
 
-def judge(kind: Kind, settings: tuple[Setting, ...], batches: int, seed: int) -> list[dict[str, Any]]:
-    """Record once, predict all, measure all."""
+def judge(kind: Kind, settings: tuple[Setting, ...], batches: int, rounds: int, seed: int) -> list[dict[str, Any]]:
+    """Record once, predict all, measure all `rounds` times."""
     random = np.random.default_rng(seed)
     cost_s = costs(kind.spread, batches, random)
     order = list(range(batches))
     loading = record(kind, cost_s, order)
-    recorded_s = measure(kind, RECORDED, cost_s, order)
     load, base = load_of(loading), setting_of(loading)
     assert load is not None, "a recording that cannot be replayed"
     print(f"{kind.name}: {said(load)}, {base.capacity:.2f} cores", flush=True)
     predicted = predict(load, base, [base, *(setting._replace(capacity=base.capacity) for setting in settings)])
-    rows = []
-    for setting, prediction in zip((RECORDED, *settings), predicted, strict=True):
-        step_s = recorded_s
-        if setting != RECORDED:
+    measured_s: dict[Setting, list[float]] = {setting: [] for setting in (RECORDED, *settings)}
+    for _ in range(rounds):
+        for setting, times in measured_s.items():
             random.shuffle(order)
-            step_s = measure(kind, setting, cost_s, order)
+            times.append(measure(kind, setting, cost_s, order))
+    recorded_s = geometric_mean(measured_s[RECORDED])
+    rows = []
+    for (setting, times), prediction in zip(measured_s.items(), predicted, strict=True):
+        step_s = geometric_mean(times)
         row = {
             "kind": kind.name,
             "workers": setting.workers,
             "prefetch": prediction.prefetch,
             "in_order": setting.in_order,
             "predicted_step_s": prediction.step_s,
-            "measured_step_s": step_s,
+            "measured_step_s": times,
             "error": step_s / prediction.step_s - 1,
+            "apart": max(times) / min(times) - 1,
             "predicted_speedup": [prediction.speedup_low, prediction.speedup, prediction.speedup_high],
             "measured_speedup": recorded_s / step_s,
             "in_interval": prediction.speedup_low <= recorded_s / step_s <= prediction.speedup_high,
@@ -234,10 +239,15 @@ def judge(kind: Kind, settings: tuple[Setting, ...], batches: int, seed: int) ->
         order_name = "yes" if setting.in_order else "no"
         print(
             f"{setting.workers:9} {prediction.prefetch or '':>8} {order_name:>8} {1 / prediction.step_s:11.1f}"
-            f" {1 / step_s:9.1f} {row['error']:+8.1%}{'' if row['in_interval'] else '  outside its interval'}",
+            f" {1 / step_s:9.1f} {row['apart']:8.1%} {row['error']:+8.1%}"
+            f"{'' if row['in_interval'] else '  outside its interval'}",
             flush=True,
         )
     return rows
+
+
+def geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
 
 
 def said(load: Load) -> str:
@@ -251,10 +261,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer kinds, settings and batches: about a minute")
     parser.add_argument("--batches", type=int, help="batches of a measurement; 200, or 100 if quick")
+    parser.add_argument("--rounds", type=int, help="measurements of each setting; 2, or 1 if quick")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     batches = arguments.batches or (100 if arguments.quick else 200)
+    rounds = arguments.rounds or (1 if arguments.quick else 2)
     kinds, settings = KINDS, SETTINGS
     if arguments.quick:
         kinds, settings = KINDS[:6], (Setting(0), Setting(4, 2), Setting(6, 4), Setting(2, 1, in_order=False))
@@ -262,12 +274,12 @@ def main() -> None:
 
     began = time.perf_counter()
     print(f"load average {psutil.getloadavg()[0]:.2f}; {batches} batches each, in batches a second:\n")
-    print(f"{'workers':>9} {'prefetch':>8} {'in order':>8} {'predicted':>11} {'measured':>9} {'error':>8}")
-    rows = [row for i, kind in enumerate(kinds) for row in judge(kind, settings, batches, arguments.seed + i)]
+    print(f"{'workers':>9} {'prefetch':>8} {'in order':>8} {'predicted':>11} {'measured':>9} {'apart':>8} {'error':>8}")
+    rows = [row for i, kind in enumerate(kinds) for row in judge(kind, settings, batches, rounds, arguments.seed + i)]
 
     errors = np.array([abs(row["error"]) for row in rows])
     mean, worst, inside = float(errors.mean()), float(errors.max()), sum(row["in_interval"] for row in rows) / len(rows)
-    logs = np.array([np.log(row["measured_step_s"] / row["predicted_step_s"]) for row in rows])
+    logs = np.array([np.log(1 + row["error"]) for row in rows])
     figures = {
         "configurations": len(rows),
         "mean_error": mean,
@@ -275,9 +287,12 @@ def main() -> None:
         "standard_deviation_of_log": float(np.sqrt(np.mean(logs**2))),
         "inside_interval": inside,
         "batches": batches,
+        "rounds": rounds,
+        "median_apart": float(np.median([row["apart"] for row in rows])),
         "wall_s": time.perf_counter() - began,
     }
     print(f"\n{len(rows)} configurations in {figures['wall_s']:.0f} s")
+    print(f"{rounds} measurements of one setting lie {figures['median_apart']:.1%} apart in the median")
     print(f"speed-ups inside their interval: {inside:.0%}")
     print(f"standard deviation of ln(predicted / measured): {figures['standard_deviation_of_log']:.3f}")
     print(f"mean error {mean:.1%} <= {MEAN_LIMIT:.0%}: {'yes' if mean <= MEAN_LIMIT else 'NO'}")
