@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from scipy.special import stdtrit
 
-from bsprof.attribution import attribution, mean, passes_of, seconds, steps_of
+from bsprof.attribution import attribution, mean, seconds
 from bsprof.causes import RULES
 from bsprof.causes.rule import Found, Judged, Rule, share, time
 from bsprof.evidence import THRESHOLDS, Scene, limit
@@ -54,7 +54,7 @@ def diagnose(loading: Loading, *, predictions: bool = True) -> Diagnosis:
         cores = loading.machine.cores if loading.machine is not None else max(1.0, scene.setting.workers)
         found = predict(scene.load, scene.setting, grid(scene.setting, cores))
         best = smallest_best(found)
-    steps = steps_of(loading)
+    steps = scene.steps
     samples = [count for count in loading.batches.samples if count is not None]
     each = sum(samples) / len(samples) if samples else 1.0
     waits = {
@@ -66,7 +66,7 @@ def diagnose(loading: Loading, *, predictions: bool = True) -> Diagnosis:
         )
         if (value := mean(times)) is not None
     }
-    epoch = _epoch_s(loading)
+    epoch = _epoch_s(scene)
     if epoch is not None:
         waits["epoch"] = epoch
     stepping = loading.consumer.kind != "fastest"
@@ -98,13 +98,13 @@ def _verdict(scene: Scene) -> Verdict:
     return "moderately_input_bound" if scene.wait_share < limit("highly") else "highly_input_bound"
 
 
-def _epoch_s(loading: Loading) -> float | None:
+def _epoch_s(scene: Scene) -> float | None:
     """Return what starts and ends of epochs cost, spread over all batches: iter(), first batches, StopIteration."""
-    b, passes = loading.batches, passes_of(loading)
+    loading, passes = scene.loading, scene.passes
     count = sum(len(one.starting) + len(one.steady) for one in passes)
     if not count or not loading.epochs:
         return None
-    asked, got = seconds(b.asked_at_ns), seconds(b.got_at_ns)
+    asked, got = seconds(loading.batches.asked_at_ns), seconds(loading.batches.got_at_ns)
     cost = sum(max(0.0, float(got[i] - asked[i])) for one in passes for i in one.starting)
     for epoch in loading.epochs:
         cost += (epoch.ready_at_ns - epoch.began_at_ns) * 1e-9

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsprof.attribution import Row, fetches_of, mean, seconds, steps_of, worker_stages
+from bsprof.attribution import Fetches, Pass, Row, Steps, fetches_of, mean, passes_of, seconds, steps_of, worker_stages
 from bsprof.loading import MAIN, Loading
 from bsprof.replay import Load, Setting, load_of, mean_step_s, setting_of
 
@@ -143,6 +143,21 @@ class Scene:
         return self.clean._replace(capacity=math.sqrt(low * high))
 
     @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes over the loader."""
+        return tuple(passes_of(self.loading))
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The steady steps."""
+        return steps_of(self.loading)
+
+    @cached_property
+    def fetches(self) -> Fetches:
+        """What each batch took to make."""
+        return fetches_of(self.loading)
+
+    @cached_property
     def stages(self) -> dict[str, Row]:
         """What a mean fetch consists of."""
         return {row.name: row for row in worker_stages(self.loading)}
@@ -150,12 +165,12 @@ class Scene:
     @cached_property
     def wait_s(self) -> float | None:
         """Mean wait of a steady step, in seconds; None where there is no such step."""
-        return mean(steps_of(self.loading).wait_s)
+        return mean(self.steps.wait_s)
 
     @cached_property
     def busy_s(self) -> float | None:
         """Mean time of the consumer's own part."""
-        return mean(steps_of(self.loading).busy_s)
+        return mean(self.steps.busy_s)
 
     @cached_property
     def step_s(self) -> float | None:
@@ -176,7 +191,7 @@ class Scene:
     @cached_property
     def fetch_s(self) -> float:
         """Mean time to make a batch, in seconds; 0 where it is not known."""
-        return mean(fetches_of(self.loading).wall_s) or 0.0
+        return mean(self.fetches.wall_s) or 0.0
 
     @cached_property
     def runqueue_share(self) -> float:
@@ -194,7 +209,7 @@ class Scene:
         return self._share("cpu_s") / max(1e-12, 1 - self.runqueue_share)
 
     def _share(self, part: str) -> float:
-        value = mean(getattr(fetches_of(self.loading), part))
+        value = mean(getattr(self.fetches, part))
         return min(1.0, max(0.0, value / self.fetch_s)) if value is not None and self.fetch_s > 0 else 0.0
 
     @cached_property
@@ -237,7 +252,7 @@ class Scene:
     @cached_property
     def uneven(self) -> dict[int, float]:
         """Median fetch of each worker in seconds, where they differ beyond chance; else empty."""
-        fetches, medians, errors = fetches_of(self.loading), {}, {}
+        fetches, medians, errors = self.fetches, {}, {}
         for worker in set(fetches.worker.tolist()):
             times = fetches.wall_s[(fetches.worker == worker) & ~np.isnan(fetches.wall_s)]
             if times.size >= 5:

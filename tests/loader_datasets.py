@@ -52,6 +52,8 @@ class Named(Dataset):
 
 
 class Sleeps(Dataset):
+    """Samples that take a while and no CPU."""
+
     def __init__(self, size=16, seconds=0.002):
         self.size, self.seconds = size, seconds
 

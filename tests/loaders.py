@@ -5,21 +5,18 @@ import time
 from collections.abc import Iterator
 
 import torch
+from loader_datasets import Sleeps
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 
-class Sleepy(Dataset):
-    """Samples that take a while and no CPU."""
+class Sleepy(Sleeps):
+    """Each sample is one tensor."""
 
-    def __init__(self, size: int = 64, seconds: float = 0.002) -> None:
-        self.size, self.seconds = size, seconds
-
-    def __len__(self) -> int:
-        return self.size
+    def __init__(self, size: int = 64) -> None:
+        super().__init__(size)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        time.sleep(self.seconds)
-        return torch.full((3,), float(index))
+        return torch.full((3,), float(super().__getitem__(index)[1]))
 
 
 class Pictures(Dataset):

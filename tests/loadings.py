@@ -5,6 +5,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from bsprof.loading import (
     MAIN,
     Batches,
@@ -425,3 +427,13 @@ def consumer_only(*, batches: int = 60, wait_s: float = 0.01, step_s: float = 0.
         batches=Batches(**{**hidden, **known}),  # type: ignore[arg-type]
         epochs=(Epoch(began_at_ns=0, ready_at_ns=0, last_asked_at_ns=end, ended_at_ns=end),),
     )
+
+
+def with_holes(found: Loading, luck: random.Random, *chances: float) -> Loading:
+    """Return a recording in which batches lack times and counts; each field draws one of the chances to lack one."""
+    fields = {}
+    for name in Batches.__struct_fields__:
+        if name not in ("epoch", "order", "worker", "stage_ns"):
+            chance = luck.choice(chances)
+            fields[name] = [None if luck.random() < chance else one for one in getattr(found.batches, name)]
+    return msgspec.structs.replace(found, batches=msgspec.structs.replace(found.batches, **fields))

@@ -428,7 +428,7 @@ def test_a_loop_without_a_steady_step_is_shown_too(tmp_path, capsys):
 
 
 def test_the_package_offers_what_it_says():
-    assert set(bsprof.__all__) == {"Recorder", "Result", "load", "save"}
+    assert set(bsprof.__all__) == {"Recorder", "Result", "Watching", "load", "save", "watch_loaders"}
     for name in bsprof.__all__:
         assert getattr(bsprof, name) is not None
     with pytest.raises(AttributeError, match="nothing_like_it"):

@@ -6,7 +6,7 @@ import re
 
 import msgspec
 import pytest
-from loadings import Cost, consumer_only, loading
+from loadings import Cost, consumer_only, loading, with_holes
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -439,14 +439,7 @@ def test_a_worker_whose_memory_alone_is_known_has_a_row():
 @pytest.mark.parametrize("seed", range(5))
 def test_holes_in_a_recording_do_no_harm(seed):
     luck = random.Random(seed)
-    found = loading(workers=3, batches=20, epochs=2, pin_s=0.0005)
-    fields = {}
-    for name in Batches.__struct_fields__:
-        value = getattr(found.batches, name)
-        fields[name] = value
-        if name not in ("epoch", "order", "worker", "stage_ns"):
-            chance = luck.choice((0.0, 0.3, 1.0))
-            fields[name] = [None if luck.random() < chance else one for one in value]
+    found = with_holes(loading(workers=3, batches=20, epochs=2, pin_s=0.0005), luck, 0.0, 0.3, 1.0)
     dropped = {name: None for name in ("samples", "machine", "resources", "probe") if luck.random() < 0.5}
-    text = text_of(msgspec.structs.replace(found, batches=Batches(**fields), **dropped), UNKNOWN)
+    text = text_of(msgspec.structs.replace(found, **dropped), UNKNOWN)
     assert "nan" not in text and "None" not in text

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import msgspec
 import pytest
-from loadings import Cost, consumer_only, loading
+from loadings import Cost, consumer_only, loading, with_holes
 
 from bsprof.errors import BsprofError
 from bsprof.loading import MAIN, Batches, Loading
@@ -219,15 +219,7 @@ def test_every_nanosecond_comes_back():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_holes_in_a_recording_do_no_harm(seed):
-    luck = random.Random(seed)
-    found = loading(workers=3, batches=20, epochs=2, pin_s=0.0005)
-    fields = {}
-    for name in Batches.__struct_fields__:
-        value = getattr(found.batches, name)
-        fields[name] = value
-        if name not in ("epoch", "order", "worker", "stage_ns"):
-            fields[name] = [None if luck.random() < 0.3 else one for one in value]
-    strict(msgspec.structs.replace(found, batches=Batches(**fields)))
+    strict(with_holes(loading(workers=3, batches=20, epochs=2, pin_s=0.0005), random.Random(seed), 0.3))
 
 
 def test_a_trace_is_written_whole_and_gzipped_by_its_name(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bsprof.attribution import COLLATE, mean, seconds, steps_of
+from bsprof.attribution import COLLATE, mean, seconds
 from bsprof.causes.rule import (
     Found,
     Judged,
@@ -71,7 +71,7 @@ def slow_h2d(j: Judged) -> Iterator[Found]:
 
 def pinning(j: Judged) -> Iterator[Found]:
     """Yield page-locking that is awaited."""
-    pin, steps = mean(seconds(j.loading.batches.pin_ns)), steps_of(j.loading)
+    pin, steps = mean(seconds(j.loading.batches.pin_ns)), j.scene.steps
     wait, pinned = mean(steps.wait_s), mean(steps.pin_s)
     if pin is None or not wait or pinned is None or pinned < limit("pin") * wait:
         return

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bsprof.attribution import fetches_of, mean, seconds, steps_of
+from bsprof.attribution import mean, seconds
 from bsprof.causes.rule import (
     Found,
     Judged,
@@ -75,7 +75,7 @@ def affinity_shrunk(j: Judged) -> Iterator[Found]:
 
 def thread_oversubscription(j: Judged) -> Iterator[Found]:
     """Yield workers whose libraries compute with many threads each."""
-    fetches = fetches_of(j.loading)
+    fetches = j.scene.fetches
     cpu, process = mean(fetches.cpu_s), mean(seconds(j.loading.batches.process_cpu_ns))
     threads = max((worker.threads for worker in workers_of(j) if worker.threads is not None), default=None)
     if not cpu or process is None or threads is None:
@@ -181,7 +181,7 @@ def small_prefetch(j: Judged) -> Iterator[Found]:
         text=f"The workers suffice on average, but batches take {time(float(np.quantile(made, 0.1)))} to "
         f"{time(float(np.quantile(made, 0.9)))}, and {setting.prefetch} a worker in advance do not bridge a long one.",
         evidence={"prefetch": setting.prefetch, "p10_s": float(np.quantile(made, 0.1)),
-                  "p90_s": float(np.quantile(made, 0.9)), "ordering_s": mean(steps_of(j.loading).ordering_s)},
+                  "p90_s": float(np.quantile(made, 0.9)), "ordering_s": mean(j.scene.steps.ordering_s)},
         prescription=f"{setting_text}{'' if 'in_order' in change else '; or in_order=False where order is free'}.",
         change=change,
         remove=lambda load, old: (load, old._replace(prefetch=better.prefetch, in_order=better.in_order)),
@@ -202,11 +202,11 @@ def cpu_saturated(j: Judged) -> Iterator[Found]:
         text=f"{setting.workers} workers share {setting.capacity:.2g} cores and wait for one in "
         f"{share(j.scene.runqueue_share)} of a batch's time: more of them deliver no more.",
         evidence={"workers": setting.workers, "capacity_cores": _finite(setting),
-                  "runqueue_share": j.scene.runqueue_share, "cpu_s": mean(fetches_of(j.loading).cpu_s)},
+                  "runqueue_share": j.scene.runqueue_share, "cpu_s": mean(j.scene.fetches.cpu_s)},
         prescription="Make a batch cheaper: decode and resize offline, a faster transform, or work on the device; or "
         f"more cores. More than {max(1, math.floor(setting.capacity))} workers are of no use here.",
         remove=lambda load, setting: _with_all_cores(j.scene, load, setting),
-        size_s=mean(fetches_of(j.loading).cpu_s) or 0.0,
+        size_s=mean(j.scene.fetches.cpu_s) or 0.0,
     )  # fmt: skip
 
 

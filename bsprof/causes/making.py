@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bsprof.attribution import COLLATE, OWN, Row, fetches_of, mean
+from bsprof.attribution import COLLATE, OWN, Row, mean
 from bsprof.causes.rule import (
     Found,
     Judged,
@@ -109,7 +109,7 @@ def uneven_workers(j: Judged) -> Iterator[Found]:
 
 
 def _blocked_s(j: Judged) -> float:
-    return mean(fetches_of(j.loading).blocked_s) or 0.0
+    return mean(j.scene.fetches.blocked_s) or 0.0
 
 
 def _only_blocked(kept: float) -> Remove:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsprof.attribution import fetches_of, passes_of, seconds
+from bsprof.attribution import seconds
 from bsprof.causes.rule import (
     Found,
     Judged,
@@ -41,12 +41,13 @@ def _starts(scene: Scene) -> _Starts | None:
     if step is None or not epochs:
         return None
     asked, got = seconds(b.asked_at_ns), seconds(b.got_at_ns)
-    fetch = fetches_of(loading).wall_s
+    fetch = scene.fetches.wall_s
+    order, of_epoch, maker = np.array(b.order), np.array(b.epoch), scene.fetches.worker
     usual = float(np.nanmedian(fetch)) if np.any(~np.isnan(fetch)) else 0.0
     wait = scene.wait_s or 0.0
     whole, count = 0.0, 0
     parts = dict.fromkeys(("iter", "first", "end", "arrival", "init", "first_fetch"), 0.0)
-    for one in passes_of(loading):
+    for one in scene.passes:
         if not 0 <= one.epoch < len(epochs):
             continue
         number, epoch, own = one.epoch, epochs[one.epoch], [*one.starting, *one.steady]
@@ -65,9 +66,9 @@ def _starts(scene: Scene) -> _Starts | None:
         ):
             parts[name] += max(times, default=0.0)
         firsts = [
-            float(fetch[mine[np.argmin(np.array(b.order)[mine])]])
+            float(fetch[mine[np.argmin(order[mine])]])
             for w in started
-            if (mine := np.flatnonzero((np.array(b.epoch) == number) & (np.array(b.worker) == w.id))).size
+            if (mine := np.flatnonzero((of_epoch == number) & (maker == w.id))).size
         ]
         late = [time for time in firsts if time > limit("first_fetch") * usual > 0]
         parts["first_fetch"] += min(late) - usual if late and len(late) == len(firsts) else 0.0

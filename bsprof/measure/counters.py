@@ -98,21 +98,24 @@ def machine_use(before: Machine, after: Machine, cores: float) -> MachineUse:
     """Return what the whole machine did between two readings; `cores` is how many this program may use."""
     wall = after.clock_s - before.clock_s
     foreign = _foreign_cores(before, after)
-    waited = _change(before.pressure_s, after.pressure_s)
     return MachineUse(
         cores=cores,
         own_cores=max(0.0, after.own_s - before.own_s) / wall if wall > 0 else None,
         foreign_cores=foreign[0] if foreign else None,
         stolen_share=_stolen_share(before, after),
         throttled_share=_throttled_share(before, after),
-        pressure_share=waited / wall if waited is not None and wall > 0 else None,
+        pressure_share=_pressure_share(before, after),
     )
 
 
-def _waiting(before: Machine, after: Machine) -> list[Note]:
+def _pressure_share(before: Machine, after: Machine) -> float | None:
     wall = after.clock_s - before.clock_s
     waited = _change(before.pressure_s, after.pressure_s)
-    pressure = waited / wall if waited is not None and wall > 0 else None
+    return waited / wall if waited is not None and wall > 0 else None
+
+
+def _waiting(before: Machine, after: Machine) -> list[Note]:
+    pressure = _pressure_share(before, after)
     pressed = pressure is not None and pressure >= PRESSURE_SHARE
     told = f"; something runnable waited for a core {pressure:.0%} of the time" if pressure is not None else ""
     foreign = _foreign_cores(before, after)

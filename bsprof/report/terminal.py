@@ -83,7 +83,8 @@ def render(result: Result, console: Console, *, sweep: bool = False) -> None:
     Fits `console.width` down to 80 columns; without colour where the console has none. `sweep` adds what the loader
     is predicted to deliver under other settings.
     """
-    if result.loader is not None or not any(m.samples or not m.loading for m in result.measurements):
+    watched = [m.loading and not m.samples for m in result.measurements]
+    if result.loader is not None or (watched and all(watched)):
         _render_loaders(result, console, sweep=sweep)
         return
     cases = summarise(result)
