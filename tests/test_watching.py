@@ -91,6 +91,30 @@ def test_watching_twice_at_once_is_refused_and_the_first_goes_on():
     assert left_behind() == ([], [])
 
 
+def test_a_watch_that_cannot_begin_leaves_nothing_behind(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    unwatched = DataLoader.__iter__
+    with tempfile.TemporaryDirectory() as folder, monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", folder)
+        patch.setattr(watching._Aside, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"), watching.watch_loaders():
+            pass
+        assert list(Path(folder).iterdir()) == []
+    assert DataLoader.__iter__ is unwatched
+    assert left_behind() == ([], [])
+    with watching.watch_loaders():
+        pass
+
+
+def test_a_watch_is_entered_once():
+    with watching.watch_loaders() as probe:
+        pass
+    with pytest.raises(BsprofError, match="watches once"), probe:
+        pass
+
+
 @pytest.mark.parametrize("name", ["loader", "spawned", "by_batches", "whole", "stream"])
 def test_a_loader_is_consumed_for_a_while(name):
     loading = watching.watch(getattr(loaders, name), seconds=0.2, consumer=FAST, thorough=False)

@@ -65,56 +65,52 @@ class Watching:
         probe.save("loader.json")                       # `bsprof show loader.json`
 
     What is no DataLoader is watched from the consumer's side: `for batch in probe.watch(generator())`. Patches are in
-    place inside the block and nowhere else; order, values and random numbers stay as they are. Entering raises
-    RuntimeError where loaders are already watched.
+    place inside the block and nowhere else; order, values and random numbers stay as they are. It watches once:
+    entering it again, or where loaders are already watched, raises BsprofError.
     """
 
     def __init__(self, consumer: Consumer | None = None) -> None:
         self._consumer = consumer or Consumer(kind="loop")
         self._probe = Probe()
         self._aside = _Aside()
-        self._folder = Path()
-        self._looking: looks.Looking | None = None
+        self._undo = contextlib.ExitStack()
         self._looks: list[looks.Look] = []
         self._before: counters.Machine | None = None
         self._use: MachineUse | None = None
+        self._cpu_began_ns = 0
         self._cpu_ns = 0
 
     def __enter__(self) -> Watching:
-        self._folder = Path(tempfile.mkdtemp(prefix="bsprof-looks-"))
-        try:
-            self._looking = looks.Looking(self._folder / "looks")
-            self._looking.start()
+        with contextlib.ExitStack() as undo:
+            folder = tempfile.mkdtemp(prefix="bsprof-looks-")
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            looking = looks.Looking(Path(folder) / "looks")
+            undo.callback(self._stop_looking, looking)
+            looking.start()
             self._before = counters.read_machine()
-            self._cpu_ns = time.process_time_ns()
-            self._probe.__enter__()
+            self._cpu_began_ns = time.process_time_ns()
+            # What the loop did ends with the probe, left first; all else is waited for and read after it.
+            undo.callback(self.close_window)
+            undo.callback(self._aside.stop)
+            undo.enter_context(self._probe)
             self._aside.start()
-        except BaseException:
-            self._let_go()
-            raise
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._probe.__exit__(kind, error, traceback)
-        finally:
-            self._aside.stop()
-            self.close_window()
-            self._let_go()
+        self._undo.__exit__(kind, error, traceback)
 
     def close_window(self) -> None:
         """Read what the machine did up to now; workers that end later would be counted as somebody else's."""
         if self._use is None and self._before is not None:
             self._use = counters.machine_use(self._before, counters.read_machine(), float(cores_of_this_process()))
-            self._cpu_ns = time.process_time_ns() - self._cpu_ns
+            self._cpu_ns = time.process_time_ns() - self._cpu_began_ns
 
-    def _let_go(self) -> None:
-        if self._looking is not None:
-            self._looking.close()
-            self._looks = self._looking.looks()
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def _stop_looking(self, looking: looks.Looking) -> None:
+        looking.close()
+        self._looks = looking.looks()
 
     def watch(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Return `batches`, watched: a DataLoader as it is, anything else in a wrapper that times its next()."""
