@@ -3,6 +3,7 @@
 import multiprocessing
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import loaders
@@ -48,6 +49,18 @@ def test_every_loader_of_a_loop_has_a_measurement_of_its_own():
                 pass
     kinds = [(m.case.key, m.loading.settings.dataset) for m in probe.result().measurements]
     assert kinds == [("loader 1", "Sleepy"), ("loader 2", "Pictures")]
+
+
+def test_cpu_time_of_batches_made_in_the_consuming_process_is_counted_once():
+    loader = DataLoader(range(60), batch_size=4, collate_fn=lambda numbers: sum(range(300_000)))
+    before = time.process_time_ns()
+    with watching.watch_loaders() as probe:
+        for _ in loader:
+            pass
+    used_ns = time.process_time_ns() - before
+    loading = probe.loading()
+    assert sum(cpu or 0 for cpu in loading.batches.process_cpu_ns) > 0.3 * used_ns
+    assert loading.machine.own_cores * loading.window_ns <= 1.1 * used_ns
 
 
 def test_a_generator_is_watched_from_the_consumers_side():

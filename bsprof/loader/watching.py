@@ -165,8 +165,9 @@ class Watching:
         """Return what the machine did, workers that a fork server started and reaped among our own."""
         if self._use is None or self._use.own_cores is None:
             return self._use
-        seen_ns = self._cpu_ns + sum(cpu or 0 for cpu in loading.batches.process_cpu_ns)
-        seen = seen_ns / max(1, loading.window_ns)
+        made = zip(loading.batches.worker, loading.batches.process_cpu_ns, strict=True)
+        in_workers_ns = sum(cpu or 0 for worker, cpu in made if worker != MAIN)  # MAIN's is in our own
+        seen = (self._cpu_ns + in_workers_ns) / max(1, loading.window_ns)
         missed = max(0.0, seen - self._use.own_cores)
         foreign = self._use.foreign_cores
         return msgspec.structs.replace(
