@@ -195,7 +195,7 @@ def watch_loaders() -> Watching:
     return Watching()
 
 
-def measurement_of(loading: Loading, name: str, *, predictions: bool = True) -> Measurement:
+def measurement_of(loading: Loading, name: str) -> Measurement:
     """Return the Measurement that carries `loading` and its diagnosis."""
     return Measurement(
         case=Case(key=name),
@@ -203,7 +203,7 @@ def measurement_of(loading: Loading, name: str, *, predictions: bool = True) -> 
         wall_s=loading.window_ns / 1e9,
         facts=Facts(device=str(present_device()), threads=torch.get_num_threads()),
         loading=loading,
-        diagnosis=diagnose(loading, predictions=predictions),
+        diagnosis=diagnose(loading),
     )
 
 
