@@ -8,6 +8,7 @@ from pathlib import Path
 
 import loaders
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from bsprof import store
@@ -150,6 +151,23 @@ def test_a_step_is_taken_after_each_batch_and_on_kept_batches_without_a_loader()
     assert len(after) == len(loading.cached_step_ns) + watching.KEPT_BATCHES
     assert not any(busy for busy, _ in after)
     assert loading.capacity_cores.value > 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "kept"),
+    [
+        (torch.zeros(3), watching.KEPT_BATCHES),
+        (torch.eye(3).to_sparse(), watching.KEPT_BATCHES),  # has no size in bytes
+        (torch.empty(watching.KEPT_BYTES + 1, dtype=torch.uint8), 0),
+        ([object()] * 20_000, 0),  # too many parts to count
+    ],
+    ids=["small", "sparse", "large", "in_many_parts"],
+)
+def test_batches_are_kept_that_take_little_room(batch, kept):
+    steps = []
+    batches = [batch] * (watching.KEPT_BATCHES + 1)
+    loading = watching.watch(iter(batches), seconds=5, step=steps.append, consumer=FAST)
+    assert len(steps) - len(loading.cached_step_ns) == len(batches) + kept
 
 
 def test_cores_of_a_fixed_pace_are_left_to_the_workers():

@@ -23,6 +23,8 @@ from bsprof.diagnosis import diagnose
 from bsprof.errors import BsprofError
 from bsprof.loader import looks
 from bsprof.loader.probe import Probe
+from bsprof.loader.recording import ABSENT
+from bsprof.loader.worker import payload
 from bsprof.loading import MAIN, Batches, Consumer, Diagnosis, Loading, MachineUse, Rate, Resources, Worker
 from bsprof.measure import counters, environment
 from bsprof.measure.clock import host_clock, present_device
@@ -269,8 +271,11 @@ def _consume(loader: Iterable[Any], seconds: float, step: Step | None, watching:
         for batch in loader:
             empty = False
             pace.count()
-            if len(kept) < KEPT_BATCHES and (room := room - _bytes(batch)) >= 0:
-                kept.append(batch)
+            if len(kept) < KEPT_BATCHES and room >= 0:
+                _, size, _ = payload(batch)
+                room -= KEPT_BYTES + 1 if size == ABSENT else size  # too many parts to count are too many to keep
+                if room >= 0:
+                    kept.append(batch)
             if step is not None:
                 step(batch)
             if not pace.goes_on():
@@ -318,16 +323,6 @@ def steps_on(kept: list[Any], step: Step, seconds: float) -> list[int]:
             step(batch)
             times.append(host_clock() - before)
     return times
-
-
-def _bytes(batch: Any) -> int:
-    if isinstance(batch, torch.Tensor):
-        return batch.nbytes
-    if isinstance(batch, dict):
-        return sum(map(_bytes, batch.values()))
-    if isinstance(batch, list | tuple):
-        return sum(map(_bytes, batch))
-    return int(getattr(batch, "nbytes", 0) or 0)
 
 
 def pause(step_ns: int) -> Step:
