@@ -34,6 +34,7 @@ def test_a_loop_of_ones_own_is_watched_and_saved(tmp_path):
     assert sum(loading.batches.samples) == 64
     assert loading.machine is not None and loading.machine.cores >= 1
     assert loading.resources is not None and loading.resources.open_files > 0
+    assert loading.resources.sharing == torch.multiprocessing.get_sharing_strategy()
     assert probe.diagnosis().sentence
     probe.save(tmp_path / "loading.json")
     result = store.load(tmp_path / "loading.json")
