@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from bsprof.errors import BsprofError
 from bsprof.loader.target import changed, resolve
+from bsprof.loader.watching import Watching
 from bsprof.loading import LoaderRequest
 
 
@@ -45,7 +46,10 @@ def test_a_factory_is_called_with_what_it_takes_and_the_rest_is_applied(tmp_path
 def test_a_generator_can_be_taken_again_and_takes_no_arguments(tmp_path):
     found = resolved("loaders:numbers", tmp_path)
     assert list(found.loader) == list(found.loader) == list(range(50))
-    with pytest.raises(BsprofError, match="no DataLoader: it takes no num_workers"):
+    with Watching() as watching:
+        list(watching.watch(found.loader))
+    assert watching.loading().settings.kind == "generator"
+    with pytest.raises(BsprofError, match="is a generator and no DataLoader: it takes no num_workers"):
         resolved("loaders:numbers", tmp_path, num_workers=2)
 
 

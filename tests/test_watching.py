@@ -1,12 +1,15 @@
 """Loaders are watched in anyone's loop, and one of them at a given pace."""
 
+import gc
 import multiprocessing
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import loaders
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from bsprof import store
@@ -32,6 +35,7 @@ def test_a_loop_of_ones_own_is_watched_and_saved(tmp_path):
     assert sum(loading.batches.samples) == 64
     assert loading.machine is not None and loading.machine.cores >= 1
     assert loading.resources is not None and loading.resources.open_files > 0
+    assert loading.resources.sharing == torch.multiprocessing.get_sharing_strategy()
     assert probe.diagnosis().sentence
     probe.save(tmp_path / "loading.json")
     result = store.load(tmp_path / "loading.json")
@@ -48,6 +52,18 @@ def test_every_loader_of_a_loop_has_a_measurement_of_its_own():
                 pass
     kinds = [(m.case.key, m.loading.settings.dataset) for m in probe.result().measurements]
     assert kinds == [("loader 1", "Sleepy"), ("loader 2", "Pictures")]
+
+
+def test_cpu_time_of_batches_made_in_the_consuming_process_is_counted_once():
+    loader = DataLoader(range(60), batch_size=4, collate_fn=lambda numbers: sum(range(300_000)))
+    before = time.process_time_ns()
+    with watching.watch_loaders() as probe:
+        for _ in loader:
+            pass
+    used_ns = time.process_time_ns() - before
+    loading = probe.loading()
+    assert sum(cpu or 0 for cpu in loading.batches.process_cpu_ns) > 0.3 * used_ns
+    assert loading.machine.own_cores * loading.window_ns <= 1.1 * used_ns
 
 
 def test_a_generator_is_watched_from_the_consumers_side():
@@ -70,6 +86,8 @@ def test_what_a_loop_raises_arrives_and_nothing_stays(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="b") as folder:  # a short name: torch makes sockets in it
         monkeypatch.setattr("tempfile.tempdir", folder)
         what_a_loop_raises_arrives(Path(folder))
+        gc.collect()  # the iterator and its traceback hold each other, and the worker that writes to this folder
+        assert left_behind() == ([], [])
 
 
 def what_a_loop_raises_arrives(folder):
@@ -89,6 +107,30 @@ def test_watching_twice_at_once_is_refused_and_the_first_goes_on():
             pass
     assert probe.loading().batches.order
     assert left_behind() == ([], [])
+
+
+def test_a_watch_that_cannot_begin_leaves_nothing_behind(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    unwatched = DataLoader.__iter__
+    with tempfile.TemporaryDirectory() as folder, monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", folder)
+        patch.setattr(watching._Aside, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"), watching.watch_loaders():
+            pass
+        assert list(Path(folder).iterdir()) == []
+    assert DataLoader.__iter__ is unwatched
+    assert left_behind() == ([], [])
+    with watching.watch_loaders():
+        pass
+
+
+def test_a_watch_is_entered_once():
+    with watching.watch_loaders() as probe:
+        pass
+    with pytest.raises(BsprofError, match="watches once"), probe:
+        pass
 
 
 @pytest.mark.parametrize("name", ["loader", "spawned", "by_batches", "whole", "stream"])
@@ -113,6 +155,23 @@ def test_a_step_is_taken_after_each_batch_and_on_kept_batches_without_a_loader()
     assert len(after) == len(loading.cached_step_ns) + watching.KEPT_BATCHES
     assert not any(busy for busy, _ in after)
     assert loading.capacity_cores.value > 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "kept"),
+    [
+        (torch.zeros(3), watching.KEPT_BATCHES),
+        (torch.eye(3).to_sparse(), watching.KEPT_BATCHES),  # has no size in bytes
+        (torch.empty(watching.KEPT_BYTES + 1, dtype=torch.uint8), 0),
+        ([object()] * 20_000, 0),  # too many parts to count
+    ],
+    ids=["small", "sparse", "large", "in_many_parts"],
+)
+def test_batches_are_kept_that_take_little_room(batch, kept):
+    steps = []
+    batches = [batch] * (watching.KEPT_BATCHES + 1)
+    loading = watching.watch(iter(batches), seconds=5, step=steps.append, consumer=FAST)
+    assert len(steps) - len(loading.cached_step_ns) == len(batches) + kept
 
 
 def test_cores_of_a_fixed_pace_are_left_to_the_workers():

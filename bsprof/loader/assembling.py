@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from bsprof.loader import recording
 from bsprof.loader.recording import ABSENT, COUNTED, ENDED, FIGURES_A_STAGE, HASHED, Batch, Recorded, Sent
@@ -22,7 +21,6 @@ from bsprof.loading import (
     LoaderSettings,
     Loading,
     ProbeCost,
-    Resources,
     SampleTimes,
     SlowSample,
     Stage,
@@ -249,9 +247,6 @@ def assemble(
         epochs=tuple(_epochs(loader, began)),
         stages=_stages(recordings),
         samples=_samples(recordings),
-        resources=Resources(
-            sharing=torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
-        ),
         probe=cost and ProbeCost(batch_ns=cost.batch, sample_ns=cost.sample, stage_ns=cost.stage),
         dropped=loader.dropped + sum(recorded.dropped for recorded in recordings.all()),
         notes=tuple(_notes(loader, recordings)),

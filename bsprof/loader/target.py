@@ -85,6 +85,9 @@ class _Again:
         return self._make()
 
 
+_Again.__name__ = "generator"  # reports and errors call a loader by its class: here by that of what it stands for
+
+
 def _accepted(factory: Callable[..., Any]) -> set[str]:
     try:
         parameters = inspect.signature(factory).parameters.values()

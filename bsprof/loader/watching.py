@@ -23,6 +23,8 @@ from bsprof.diagnosis import diagnose
 from bsprof.errors import BsprofError
 from bsprof.loader import looks
 from bsprof.loader.probe import Probe
+from bsprof.loader.recording import ABSENT
+from bsprof.loader.worker import payload
 from bsprof.loading import MAIN, Batches, Consumer, Diagnosis, Loading, MachineUse, Rate, Resources, Worker
 from bsprof.measure import counters, environment
 from bsprof.measure.clock import host_clock, present_device
@@ -65,56 +67,52 @@ class Watching:
         probe.save("loader.json")                       # `bsprof show loader.json`
 
     What is no DataLoader is watched from the consumer's side: `for batch in probe.watch(generator())`. Patches are in
-    place inside the block and nowhere else; order, values and random numbers stay as they are. Entering raises
-    RuntimeError where loaders are already watched.
+    place inside the block and nowhere else; order, values and random numbers stay as they are. It watches once:
+    entering it again, or where loaders are already watched, raises BsprofError.
     """
 
     def __init__(self, consumer: Consumer | None = None) -> None:
         self._consumer = consumer or Consumer(kind="loop")
         self._probe = Probe()
         self._aside = _Aside()
-        self._folder = Path()
-        self._looking: looks.Looking | None = None
+        self._undo = contextlib.ExitStack()
         self._looks: list[looks.Look] = []
         self._before: counters.Machine | None = None
         self._use: MachineUse | None = None
+        self._cpu_began_ns = 0
         self._cpu_ns = 0
 
     def __enter__(self) -> Watching:
-        self._folder = Path(tempfile.mkdtemp(prefix="bsprof-looks-"))
-        try:
-            self._looking = looks.Looking(self._folder / "looks")
-            self._looking.start()
+        with contextlib.ExitStack() as undo:
+            folder = tempfile.mkdtemp(prefix="bsprof-looks-")
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            looking = looks.Looking(Path(folder) / "looks")
+            undo.callback(self._stop_looking, looking)
+            looking.start()
             self._before = counters.read_machine()
-            self._cpu_ns = time.process_time_ns()
-            self._probe.__enter__()
+            self._cpu_began_ns = time.process_time_ns()
+            # What the loop did ends with the probe, left first; all else is waited for and read after it.
+            undo.callback(self.close_window)
+            undo.callback(self._aside.stop)
+            undo.enter_context(self._probe)
             self._aside.start()
-        except BaseException:
-            self._let_go()
-            raise
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._probe.__exit__(kind, error, traceback)
-        finally:
-            self._aside.stop()
-            self.close_window()
-            self._let_go()
+        self._undo.__exit__(kind, error, traceback)
 
     def close_window(self) -> None:
         """Read what the machine did up to now; workers that end later would be counted as somebody else's."""
         if self._use is None and self._before is not None:
             self._use = counters.machine_use(self._before, counters.read_machine(), float(cores_of_this_process()))
-            self._cpu_ns = time.process_time_ns() - self._cpu_ns
+            self._cpu_ns = time.process_time_ns() - self._cpu_began_ns
 
-    def _let_go(self) -> None:
-        if self._looking is not None:
-            self._looking.close()
-            self._looks = self._looking.looks()
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def _stop_looking(self, looking: looks.Looking) -> None:
+        looking.close()
+        self._looks = looking.looks()
 
     def watch(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Return `batches`, watched: a DataLoader as it is, anything else in a wrapper that times its next()."""
@@ -169,8 +167,9 @@ class Watching:
         """Return what the machine did, workers that a fork server started and reaped among our own."""
         if self._use is None or self._use.own_cores is None:
             return self._use
-        seen_ns = self._cpu_ns + sum(cpu or 0 for cpu in loading.batches.process_cpu_ns)
-        seen = seen_ns / max(1, loading.window_ns)
+        made = zip(loading.batches.worker, loading.batches.process_cpu_ns, strict=True)
+        in_workers_ns = sum(cpu or 0 for worker, cpu in made if worker != MAIN)  # MAIN's is in our own
+        seen = (self._cpu_ns + in_workers_ns) / max(1, loading.window_ns)
         missed = max(0.0, seen - self._use.own_cores)
         foreign = self._use.foreign_cores
         return msgspec.structs.replace(
@@ -198,7 +197,7 @@ def watch_loaders() -> Watching:
     return Watching()
 
 
-def measurement_of(loading: Loading, name: str, *, predictions: bool = True) -> Measurement:
+def measurement_of(loading: Loading, name: str) -> Measurement:
     """Return the Measurement that carries `loading` and its diagnosis."""
     return Measurement(
         case=Case(key=name),
@@ -206,7 +205,7 @@ def measurement_of(loading: Loading, name: str, *, predictions: bool = True) -> 
         wall_s=loading.window_ns / 1e9,
         facts=Facts(device=str(present_device()), threads=torch.get_num_threads()),
         loading=loading,
-        diagnosis=diagnose(loading, predictions=predictions),
+        diagnosis=diagnose(loading),
     )
 
 
@@ -272,8 +271,11 @@ def _consume(loader: Iterable[Any], seconds: float, step: Step | None, watching:
         for batch in loader:
             empty = False
             pace.count()
-            if len(kept) < KEPT_BATCHES and (room := room - _bytes(batch)) >= 0:
-                kept.append(batch)
+            if len(kept) < KEPT_BATCHES and room >= 0:
+                _, size, _ = payload(batch)
+                room -= KEPT_BYTES + 1 if size == ABSENT else size  # too many parts to count are too many to keep
+                if room >= 0:
+                    kept.append(batch)
             if step is not None:
                 step(batch)
             if not pace.goes_on():
@@ -321,16 +323,6 @@ def steps_on(kept: list[Any], step: Step, seconds: float) -> list[int]:
             step(batch)
             times.append(host_clock() - before)
     return times
-
-
-def _bytes(batch: Any) -> int:
-    if isinstance(batch, torch.Tensor):
-        return batch.nbytes
-    if isinstance(batch, dict):
-        return sum(map(_bytes, batch.values()))
-    if isinstance(batch, list | tuple):
-        return sum(map(_bytes, batch))
-    return int(getattr(batch, "nbytes", 0) or 0)
 
 
 def pause(step_ns: int) -> Step:
