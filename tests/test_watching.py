@@ -2,6 +2,8 @@
 
 import gc
 import multiprocessing
+import os
+import signal
 import tempfile
 import threading
 import time
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader
 from bsprof import store
 from bsprof.errors import BsprofError
 from bsprof.loader import watching
+from bsprof.loader.patches import Patches
 from bsprof.loading import Consumer
 from bsprof.report import terminal
 
@@ -124,6 +127,28 @@ def test_a_watch_that_cannot_begin_leaves_nothing_behind(monkeypatch):
     assert left_behind() == ([], [])
     with watching.watch_loaders():
         pass
+
+
+def test_a_signal_that_raises_on_leaving_waits_until_all_is_cleaned_up(monkeypatch):
+    def overdue(number, frame):
+        raise TimeoutError
+
+    def undo(patches):
+        os.kill(os.getpid(), signal.SIGALRM)  # as torch's does for a worker that has died
+        really_undo(patches)
+
+    really_undo = Patches.undo
+    unwatched = DataLoader.__iter__
+    before = signal.signal(signal.SIGALRM, overdue)
+    monkeypatch.setattr(Patches, "undo", undo)
+    try:
+        loading, error = watching.try_to_watch(loaders.make_loader(), seconds=0.1, consumer=FAST, thorough=False)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert isinstance(error, TimeoutError)
+    assert sum(loading.batches.samples) >= 64
+    assert DataLoader.__iter__ is unwatched
+    assert left_behind() == ([], [])
 
 
 def test_a_watch_is_entered_once():

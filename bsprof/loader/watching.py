@@ -30,6 +30,7 @@ from bsprof.measure import counters, environment
 from bsprof.measure.clock import host_clock, present_device
 from bsprof.measure.crew import cores_to_be_had
 from bsprof.measure.environment import cores_of_this_process
+from bsprof.measure.signals import held_back
 from bsprof.model import Case, Facts, Measurement, Outcome, Result
 
 Batch = TypeVar("Batch")
@@ -102,7 +103,8 @@ class Watching:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._undo.__exit__(kind, error, traceback)
+        with held_back():  # torch raises wherever the main thread is when it hears that a worker has died
+            self._undo.__exit__(kind, error, traceback)
 
     def close_window(self) -> None:
         """Read what the machine did up to now; workers that end later would be counted as somebody else's."""
@@ -242,11 +244,15 @@ def try_to_watch(
     capacity = cores_or_none() if thorough else None
     kept: list[Any] = []
     failure: Exception | None = None
-    with Watching(consumer) as watching:
-        try:
-            _consume(watching.watch(loader), seconds, step, watching, kept)
-        except Exception as error:
-            failure = error
+    watching = Watching(consumer)
+    try:
+        with watching:
+            try:
+                _consume(watching.watch(loader), seconds, step, watching, kept)
+            except Exception as error:
+                failure = error
+    except Exception as error:  # a signal's, that was held back until all was cleaned up
+        failure = failure or error
     found = watching.loadings()
     if not found:
         return Watched(None, failure)
