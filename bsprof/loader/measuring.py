@@ -20,7 +20,7 @@ from bsprof.loader.watching import CACHED_SHARE, Pace, Step, Watching, cores_or_
 from bsprof.loading import Consumer, LoaderRequest, Loading
 from bsprof.measure.clock import host_clock, present_device, wait_for
 from bsprof.measure.failures import classify
-from bsprof.measure.loop import Stage, Training
+from bsprof.measure.loop import Stage, Training, build_optimizer
 from bsprof.model import Case, Facts, Measurement, Outcome, Settings
 from bsprof.workloads.registration import ImageShape
 from bsprof.workloads.registry import build_model
@@ -124,14 +124,8 @@ def _training_step(request: LoaderRequest, target: Target) -> Step:
     device = present_device()
     model = build_model(request.model, classes=classes, shape=ImageShape(*images.shape[1:]), seed=request.seed)
     model = model.to(device).train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
-    training = Training(model, (), optimizer, Settings(), device)
-
-    def step(batch: Any) -> None:
-        training.train_on(batch)
-        wait_for(device)  # else the host runs ahead, and asks for batches that the device does not need yet
-
-    return step
+    settings = Settings()
+    return Training(model, (), build_optimizer(settings, model), settings, device).train_on
 
 
 def watch_training(
@@ -157,12 +151,7 @@ def watch_training(
         watching.close_window()
         batch = training.batch
         training.stop()
-
-    def step(batch: Any) -> None:
-        training.train_on(batch)
-        wait_for(device)
-
-    cached = steps_on([batch], step, seconds * CACHED_SHARE)
+    cached = steps_on([batch], training.train_on, seconds * CACHED_SHARE)
     loading = watching.loading()
     return msgspec.structs.replace(
         loading, capacity_cores=capacity, cached_step_ns=cached, h2d_ns=_copies(batch, device, loading)

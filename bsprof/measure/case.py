@@ -24,7 +24,7 @@ from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
-from bsprof.measure.loop import Stage, Training, run_block, run_serialised, running_phase
+from bsprof.measure.loop import Stage, Training, build_optimizer, run_block, run_serialised, running_phase
 from bsprof.measure.tape import Tape, cost_per_step_ns
 from bsprof.model import (
     Block,
@@ -261,7 +261,7 @@ class CaseRun:
             model = model.to(memory_format=torch.channels_last)
         model.train()
         loader = build_loader(data, settings, seed=self.seed)
-        self._training = Training(model, loader, _optimizer(settings, model), settings, self._device)
+        self._training = Training(model, loader, build_optimizer(settings, model), settings, self._device)
         self._stages = profiling.ranged(self.stages, self._device) if self.plan.nvtx else self.stages
         self._training.on_epoch_end = self._epoch_ended
         self._data = data
@@ -579,17 +579,6 @@ def _blame_a_worker() -> None:
     while time.monotonic() < end:  # its sockets close before it has quite ended
         torch._C._error_if_any_worker_fails()
         time.sleep(0.05)
-
-
-def _optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    match settings.optimizer:
-        case "sgd":
-            return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
-        case "adam":
-            return torch.optim.Adam(parameters, lr=1e-3)
-        case "adamw":
-            return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def throttled(emit: Emit, *, every_s: float = 0.5) -> Emit:
