@@ -23,6 +23,7 @@ from bsprof import store
 from bsprof.errors import BsprofError
 from bsprof.loader.measuring import watch_training
 from bsprof.measure import case as measuring
+from bsprof.measure import failures
 from bsprof.measure.case import CaseRun
 from bsprof.metrics import METRICS, CaseSummary, summarise
 from bsprof.model import PHASES, Case, Environment, Measurement, Plan, Samples, Settings, Stop, case_key
@@ -657,7 +658,7 @@ def torn_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     with pytest.MonkeyPatch.context() as patch:
         iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
         patch.setattr(iterator, "_shutdown_workers", lambda self: found.append(self))
-        monkeypatch.setattr(measuring, "_ABANDONED", abandoned)
+        monkeypatch.setattr(failures, "_ABANDONED", abandoned)
         yield found
     abandoned.clear()
 

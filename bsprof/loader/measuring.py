@@ -19,7 +19,7 @@ from bsprof.loader.target import Target, changed, resolve
 from bsprof.loader.watching import CACHED_SHARE, Pace, Step, Watching, cores_or_none, pause, steps_on, try_to_watch
 from bsprof.loading import Consumer, LoaderRequest, Loading
 from bsprof.measure.clock import host_clock, present_device, wait_for
-from bsprof.measure.failures import classify
+from bsprof.measure.failures import abandon, classify
 from bsprof.measure.loop import Stage, Training, build_optimizer
 from bsprof.model import Case, Facts, Measurement, Outcome, Settings
 from bsprof.workloads.registration import ImageShape
@@ -32,9 +32,6 @@ FEWEST_IN_SHORT = 12
 COPIES = 10
 FEWEST_CLASSES = 1000
 """Outputs of a model whose data set does not say how many classes it has."""
-
-_ABANDONED: list[BaseException] = []
-"""What failed, and through its traceback the loader's iterator; tearing that down may wait for ever (see case.py)."""
 
 
 class OverdueError(Exception):
@@ -70,7 +67,7 @@ def measure(
     except BsprofError:
         raise
     except OverdueError as error:
-        _ABANDONED.append(error)
+        abandon(error)
         outcome = Outcome(
             kind="timeout",
             message=f"still waiting for the loader after {deadline_s:g} s",
@@ -79,7 +76,7 @@ def measure(
             evidence={"deadline_s": deadline_s},
         )
     except Exception as error:
-        _ABANDONED.append(error)
+        abandon(error)
         outcome = classify(error, stage, oom_kills=(cgroup.oom_kills() or 0) - kills_before)
     finally:
         _give_up_after(0)
@@ -134,7 +131,7 @@ def watch_training(
     """Watch the loader of a case's own training, of `model`, for `seconds` from the first batch on.
 
     Each step ends with a synchronisation, so that a wait of the host is a stall of the device. An iterator that fails
-    is left as it is (see case.py).
+    is left as it is (see `abandon`).
     """
     (_, fetch), *rest = stages
     device = training.device

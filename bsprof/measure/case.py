@@ -23,7 +23,7 @@ from bsprof.measure import backends, flops, malloc, memory, profiling, telemetry
 from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device, wait_for
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
-from bsprof.measure.failures import classify
+from bsprof.measure.failures import abandon, classify
 from bsprof.measure.loop import Stage, Training, build_optimizer, run_block, run_serialised, running_phase
 from bsprof.measure.tape import Tape, cost_per_step_ns
 from bsprof.model import (
@@ -81,14 +81,6 @@ WATCH_SHARE = {"off": 0.0, "short": 0.1, "full": 0.4}
 EPOCH_SHARE = 0.1
 """A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
-_ABANDONED: list[BaseException] = []
-"""What failed, kept until the process ends, and through its traceback the loader's iterator too.
-
-When a worker dies, torch raises from its SIGCHLD handler, wherever the main thread happens to be. Where that is inside
-a queue's lock, the lock stays taken, and tearing the iterator down waits for it for ever (seen in 1 of 200 such deaths
-beside busy cores). The process ends with all its workers anyway.
-"""
-
 
 def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
     """Return what a data set needs to know of `settings` and `plan`; `cache` is where generated data lies."""
@@ -123,7 +115,7 @@ def measure(
     try:
         run.go(requested_ns, entered_ns)
     except BaseException as error:  # a user's code may call sys.exit() as well
-        _ABANDONED.append(error)
+        abandon(error)
         oom_kills = (cgroup.oom_kills() or 0) - kills_before
         outcome = classify(error, running_phase(run.stages, error) or run.stage, oom_kills=oom_kills)
     samples = None
@@ -458,7 +450,7 @@ class CaseRun:
         try:
             yield
         except Exception as error:
-            _ABANDONED.append(error)
+            abandon(error)
             failed = classify(error, "inspect")
             self._note("inspection_failed", f"{look}: {'; '.join(filter(None, (failed.message, failed.hint)))}")
 
