@@ -23,7 +23,7 @@ from bsprof.measure.failures import abandon, classify
 from bsprof.measure.loop import Stage, Training, build_optimizer
 from bsprof.model import Case, Facts, Measurement, Outcome, Settings
 from bsprof.workloads.registration import ImageShape
-from bsprof.workloads.registry import build_model
+from bsprof.workloads.registry import build_model, described
 
 Emit = Callable[[str, int, float | None], None]
 
@@ -182,14 +182,7 @@ def _first_batch(request: LoaderRequest, target: Target) -> tuple[Tensor, Tensor
         case (Tensor() as images, Tensor() as labels) if images.ndim == 4 and not labels.is_floating_point():
             return images, labels
     raise BsprofError(
-        f"--model {request.model}: the loader gives {_a(batch)}, batches of (images, class numbers) are expected",
+        f"--model {request.model}: the loader gives {described(batch)}, "
+        "batches of (images, class numbers) are expected",
         hint="give the step's time with --step-ms instead",
     )
-
-
-def _a(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of ({', '.join(map(_a, value[:4]))}{', …' if len(value) > 4 else ''})"
-    return "nothing" if value is None else f"a {type(value).__name__}"
