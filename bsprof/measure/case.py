@@ -21,6 +21,7 @@ from bsprof import cgroup, stats
 from bsprof.loading import Loading
 from bsprof.measure import backends, flops, malloc, memory, profiling, telemetry
 from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device, wait_for
+from bsprof.measure.companion import Companion
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import abandon, classify
@@ -171,7 +172,7 @@ class CaseRun:
         self._step_ns: list[int] = []
         self._timed: Samples | None = None
         self._memory = memory.watch(self._device)
-        self._sampler: telemetry.TelemetrySampler | None = None
+        self._sampler: Companion | None = None
         self._recording = Path(tempfile.gettempdir(), f"bsprof-telemetry-{os.getpid()}.jsonl")
         self._stages: tuple[Stage, ...] = ()
         self.serialised: Serialised | None = None
