@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
 import statistics
@@ -21,8 +22,10 @@ from torch.utils.data import IterableDataset
 
 from bsprof import store
 from bsprof.errors import BsprofError
-from bsprof.loader.measuring import watch_training
+from bsprof.loader import watching
+from bsprof.loader.measuring import FEWEST_IN_SHORT, watch_training
 from bsprof.measure import case as measuring
+from bsprof.measure import failures
 from bsprof.measure.case import CaseRun
 from bsprof.metrics import METRICS, CaseSummary, summarise
 from bsprof.model import PHASES, Case, Environment, Measurement, Plan, Samples, Settings, Stop, case_key
@@ -169,13 +172,16 @@ def test_what_was_in_force_is_said(measured):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_is_watched_after_the_timed_steps(workers):
+def test_the_loader_is_watched_after_the_timed_steps(workers, monkeypatch):
+    """Its time is up at once, so that it is the fewest batches that it goes on for, however slowly they come."""
+    monkeypatch.setitem(measuring.WATCH_SHARE, "short", 1e-9)
+    monkeypatch.setattr(watching, "PATIENCE", math.inf)
     measurement = watched(settings(workers=workers))
     loading = measurement.loading
     assert samples_of(measurement).step_ns
     assert loading.settings.workers == workers
     assert (loading.consumer.kind, loading.consumer.model) == ("model", "factories:Perceptron")
-    assert sum(at is not None for at in loading.batches.got_at_ns) >= 12
+    assert sum(at is not None for at in loading.batches.got_at_ns) == FEWEST_IN_SHORT
     assert loading.cached_step_ns and loading.h2d_ns is None and loading.capacity_cores is None
     assert multiprocessing.active_children() == []
 
@@ -657,7 +663,7 @@ def torn_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     with pytest.MonkeyPatch.context() as patch:
         iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
         patch.setattr(iterator, "_shutdown_workers", lambda self: found.append(self))
-        monkeypatch.setattr(measuring, "_ABANDONED", abandoned)
+        monkeypatch.setattr(failures, "_ABANDONED", abandoned)
         yield found
     abandoned.clear()
 

@@ -1,6 +1,9 @@
 """What a worker is blocked in is seen from outside, and nothing is left behind."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bsprof.loader.looks import Look, Looking, descendants, during
+from bsprof.measure import companion
 
 
 def nap():
@@ -20,8 +24,8 @@ def test_what_a_child_sleeps_in_is_seen(tmp_path):
     child.start()
     try:
         looking.start()
-        assert looking._process is not None
-        pid = looking._process.pid
+        assert looking._companion is not None
+        pid = looking._companion.pid
         end = time.monotonic() + 20
         while time.monotonic() < end:
             seen = [look for look in looking.looks() if look.pid == child.pid]
@@ -43,6 +47,37 @@ def test_closing_what_was_never_started_is_nothing(tmp_path):
     looking = Looking(tmp_path / "looks")
     looking.close()
     assert looking.looks() == []
+
+
+def test_a_process_that_cannot_start_hurts_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    looking = Looking(tmp_path / "looks")
+    looking.start()
+    looking.close()
+    assert looking.looks() == []
+
+
+def test_it_ends_when_it_is_told_to_although_a_worker_holds_its_pipe_open(tmp_path, monkeypatch):
+    """Were it killed at last instead, a worker would keep every close waiting for that long."""
+    monkeypatch.setattr(companion, "CLOSE_S", 60.0)
+    looking = Looking(tmp_path / "looks")
+    looking.start()
+    worker = multiprocessing.get_context("fork").Process(target=nap)
+    worker.start()
+    try:
+        before = time.monotonic()
+        looking.close()
+        assert time.monotonic() - before < 30
+    finally:
+        looking.close()
+        worker.kill()
+        worker.join()
+
+
+def test_the_process_that_looks_loads_no_torch():
+    code = "import sys, bsprof.loader.looks; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environ).returncode == 0
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from recorded import CASE, OTHER, RECORDINGS, UUID, tick_ns
 
 from bsprof.errors import BsprofError
-from bsprof.measure import telemetry
+from bsprof.measure import companion, telemetry
 from bsprof.measure.nvml import Gpu
 from bsprof.measure.sampler import Host, descends, next_tick
 from bsprof.measure.telemetry import Recording
@@ -463,7 +463,7 @@ def test_a_sampler_that_is_killed_hurts_nobody(tmp_path):
 
 
 def test_a_sampler_that_does_not_listen_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(telemetry, "CLOSE_S", 0.05)
+    monkeypatch.setattr(companion, "CLOSE_S", 0.05)
     path = tmp_path / "telemetry.jsonl"
     running = telemetry.record(torch.device("cpu"), 50, path)
     wait_for(lambda: count_lines(path) >= 2)

@@ -316,10 +316,10 @@ def test_a_data_factory_is_taken_with_its_classes_and_shape(module, request_, fa
     [
         ("unknown_classes", "how many classes"),
         ("loader", "returned a DataLoader"),
-        ("integers", "a tensor of torch.int32 (3, 8, 9)"),
+        ("integers", "a sample is a tuple of (a tensor of torch.int32 (3, 8, 9), a tensor of torch.int64 ())"),
         ("flat", "a tensor of torch.float32 (8, 9)"),
         ("empty", "is empty"),
-        ("array", "returned a list"),
+        ("array", "returned a list of (a int, a int), a torch"),
         ("no_classes", "0 is no number of classes"),
     ],
 )

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bsprof.measure.companion import Companion
+
 HZ = 25.0
 """Looks a second at each process; a look costs about 20 us."""
 
@@ -42,36 +44,17 @@ class Looking:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._process: subprocess.Popen[bytes] | None = None
+        self._companion: Companion | None = None
 
     def start(self) -> None:
         """Start looking; where that is impossible nothing is seen."""
-        command = [sys.executable, "-m", __name__, str(self._path), str(os.getpid())]
-        folder = str(Path(__file__).parents[2])
-        search = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
-        with contextlib.suppress(OSError):
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": search},
-            )
+        # Silent, because the terminal is that of the program that is watched.
+        self._companion = Companion(__name__, str(self._path), str(os.getpid()), stderr=subprocess.DEVNULL)
 
     def close(self) -> None:
         """Stop looking and reap the process."""
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(b"\n")  # a worker that was forked meanwhile holds this pipe open as well
-            self._process.stdin.close()
-        try:
-            self._process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        if self._companion is not None:
+            self._companion.close()
 
     def looks(self) -> list[Look]:
         """Return what was seen so far."""

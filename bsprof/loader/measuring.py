@@ -19,11 +19,11 @@ from bsprof.loader.target import Target, changed, resolve
 from bsprof.loader.watching import CACHED_SHARE, Pace, Step, Watching, cores_or_none, pause, steps_on, try_to_watch
 from bsprof.loading import Consumer, LoaderRequest, Loading
 from bsprof.measure.clock import host_clock, present_device, wait_for
-from bsprof.measure.failures import classify
-from bsprof.measure.loop import Stage, Training
+from bsprof.measure.failures import abandon, classify
+from bsprof.measure.loop import Stage, Training, build_optimizer
 from bsprof.model import Case, Facts, Measurement, Outcome, Settings
 from bsprof.workloads.registration import ImageShape
-from bsprof.workloads.registry import build_model
+from bsprof.workloads.registry import build_model, described
 
 Emit = Callable[[str, int, float | None], None]
 
@@ -32,9 +32,6 @@ FEWEST_IN_SHORT = 12
 COPIES = 10
 FEWEST_CLASSES = 1000
 """Outputs of a model whose data set does not say how many classes it has."""
-
-_ABANDONED: list[BaseException] = []
-"""What failed, and through its traceback the loader's iterator; tearing that down may wait for ever (see case.py)."""
 
 
 class OverdueError(Exception):
@@ -70,7 +67,7 @@ def measure(
     except BsprofError:
         raise
     except OverdueError as error:
-        _ABANDONED.append(error)
+        abandon(error)
         outcome = Outcome(
             kind="timeout",
             message=f"still waiting for the loader after {deadline_s:g} s",
@@ -79,7 +76,7 @@ def measure(
             evidence={"deadline_s": deadline_s},
         )
     except Exception as error:
-        _ABANDONED.append(error)
+        abandon(error)
         outcome = classify(error, stage, oom_kills=(cgroup.oom_kills() or 0) - kills_before)
     finally:
         _give_up_after(0)
@@ -124,14 +121,8 @@ def _training_step(request: LoaderRequest, target: Target) -> Step:
     device = present_device()
     model = build_model(request.model, classes=classes, shape=ImageShape(*images.shape[1:]), seed=request.seed)
     model = model.to(device).train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
-    training = Training(model, (), optimizer, Settings(), device)
-
-    def step(batch: Any) -> None:
-        training.train_on(batch)
-        wait_for(device)  # else the host runs ahead, and asks for batches that the device does not need yet
-
-    return step
+    settings = Settings()
+    return Training(model, (), build_optimizer(settings, model), settings, device).train_on
 
 
 def watch_training(
@@ -140,7 +131,7 @@ def watch_training(
     """Watch the loader of a case's own training, of `model`, for `seconds` from the first batch on.
 
     Each step ends with a synchronisation, so that a wait of the host is a stall of the device. An iterator that fails
-    is left as it is (see case.py).
+    is left as it is (see `abandon`).
     """
     (_, fetch), *rest = stages
     device = training.device
@@ -157,12 +148,7 @@ def watch_training(
         watching.close_window()
         batch = training.batch
         training.stop()
-
-    def step(batch: Any) -> None:
-        training.train_on(batch)
-        wait_for(device)
-
-    cached = steps_on([batch], step, seconds * CACHED_SHARE)
+    cached = steps_on([batch], training.train_on, seconds * CACHED_SHARE)
     loading = watching.loading()
     return msgspec.structs.replace(
         loading, capacity_cores=capacity, cached_step_ns=cached, h2d_ns=_copies(batch, device, loading)
@@ -196,14 +182,7 @@ def _first_batch(request: LoaderRequest, target: Target) -> tuple[Tensor, Tensor
         case (Tensor() as images, Tensor() as labels) if images.ndim == 4 and not labels.is_floating_point():
             return images, labels
     raise BsprofError(
-        f"--model {request.model}: the loader gives {_a(batch)}, batches of (images, class numbers) are expected",
+        f"--model {request.model}: the loader gives {described(batch)}, "
+        "batches of (images, class numbers) are expected",
         hint="give the step's time with --step-ms instead",
     )
-
-
-def _a(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of ({', '.join(map(_a, value[:4]))}{', …' if len(value) > 4 else ''})"
-    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -21,10 +21,11 @@ from bsprof import cgroup, stats
 from bsprof.loading import Loading
 from bsprof.measure import backends, flops, malloc, memory, profiling, telemetry
 from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_device, wait_for
+from bsprof.measure.companion import Companion
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
-from bsprof.measure.failures import classify
-from bsprof.measure.loop import Stage, Training, run_block, run_serialised, running_phase
+from bsprof.measure.failures import abandon, classify
+from bsprof.measure.loop import Stage, Training, build_optimizer, run_block, run_serialised, running_phase
 from bsprof.measure.tape import Tape, cost_per_step_ns
 from bsprof.model import (
     Block,
@@ -81,14 +82,6 @@ WATCH_SHARE = {"off": 0.0, "short": 0.1, "full": 0.4}
 EPOCH_SHARE = 0.1
 """A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
-_ABANDONED: list[BaseException] = []
-"""What failed, kept until the process ends, and through its traceback the loader's iterator too.
-
-When a worker dies, torch raises from its SIGCHLD handler, wherever the main thread happens to be. Where that is inside
-a queue's lock, the lock stays taken, and tearing the iterator down waits for it for ever (seen in 1 of 200 such deaths
-beside busy cores). The process ends with all its workers anyway.
-"""
-
 
 def data_request(settings: Settings, plan: Plan, cache: Path) -> DataRequest:
     """Return what a data set needs to know of `settings` and `plan`; `cache` is where generated data lies."""
@@ -123,7 +116,7 @@ def measure(
     try:
         run.go(requested_ns, entered_ns)
     except BaseException as error:  # a user's code may call sys.exit() as well
-        _ABANDONED.append(error)
+        abandon(error)
         oom_kills = (cgroup.oom_kills() or 0) - kills_before
         outcome = classify(error, running_phase(run.stages, error) or run.stage, oom_kills=oom_kills)
     samples = None
@@ -179,7 +172,7 @@ class CaseRun:
         self._step_ns: list[int] = []
         self._timed: Samples | None = None
         self._memory = memory.watch(self._device)
-        self._sampler: telemetry.TelemetrySampler | None = None
+        self._sampler: Companion | None = None
         self._recording = Path(tempfile.gettempdir(), f"bsprof-telemetry-{os.getpid()}.jsonl")
         self._stages: tuple[Stage, ...] = ()
         self.serialised: Serialised | None = None
@@ -261,7 +254,7 @@ class CaseRun:
             model = model.to(memory_format=torch.channels_last)
         model.train()
         loader = build_loader(data, settings, seed=self.seed)
-        self._training = Training(model, loader, _optimizer(settings, model), settings, self._device)
+        self._training = Training(model, loader, build_optimizer(settings, model), settings, self._device)
         self._stages = profiling.ranged(self.stages, self._device) if self.plan.nvtx else self.stages
         self._training.on_epoch_end = self._epoch_ended
         self._data = data
@@ -458,7 +451,7 @@ class CaseRun:
         try:
             yield
         except Exception as error:
-            _ABANDONED.append(error)
+            abandon(error)
             failed = classify(error, "inspect")
             self._note("inspection_failed", f"{look}: {'; '.join(filter(None, (failed.message, failed.hint)))}")
 
@@ -579,17 +572,6 @@ def _blame_a_worker() -> None:
     while time.monotonic() < end:  # its sockets close before it has quite ended
         torch._C._error_if_any_worker_fails()
         time.sleep(0.05)
-
-
-def _optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    match settings.optimizer:
-        case "sgd":
-            return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
-        case "adam":
-            return torch.optim.Adam(parameters, lr=1e-3)
-        case "adamw":
-            return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def throttled(emit: Emit, *, every_s: float = 0.5) -> Emit:

@@ -33,6 +33,19 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "K
 _SIZE = r"(\d+(?:\.\d+)?) (bytes|[KMGT]i?B)"
 
 
+_ABANDONED: list[BaseException] = []
+
+
+def abandon(error: BaseException) -> None:
+    """Keep `error` until the process ends, and through its traceback the loader's iterator too.
+
+    When a worker dies, torch raises from its SIGCHLD handler, wherever the main thread happens to be. Where that is
+    inside a queue's lock, the lock stays taken, and tearing the iterator down waits for it for ever (seen in 1 of 200
+    such deaths beside busy cores). The process ends with all its workers anyway.
+    """
+    _ABANDONED.append(error)
+
+
 def classify(error: BaseException, phase: str | None = None, *, oom_kills: int = 0) -> Outcome:
     """Return how a case ended that `error` ended.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bsprof.errors import BsprofError
-from bsprof.measure.clock import host_clock
+from bsprof.measure.clock import host_clock, wait_for
 from bsprof.measure.tape import Tape
 from bsprof.model import Block, Serialised, Settings
 
@@ -127,10 +127,11 @@ class Training:
                 ) from None
 
     def train_on(self, batch: Any) -> None:
-        """Take a step on a batch of (images, labels) that came from elsewhere."""
+        """Take a step on a batch of (images, labels) that came from elsewhere, and wait until it is done."""
         self._batch = batch
         for _, run in self.stages[1:]:
             run()
+        wait_for(self.device)  # else the host runs ahead, and asks for batches that the device does not need yet
 
     def transfer(self) -> None:
         """Copy the batch to the device; with pinned memory the copy is asynchronous."""
@@ -183,6 +184,18 @@ class Training:
     def loss(self) -> float | None:
         """Return the last step's loss. Waits for the device: never inside a window."""
         return None if self._loss is None else float(self._loss.detach())
+
+
+def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that `settings` name, for what `model` trains."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    match settings.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=1e-3)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def running_phase(stages: Sequence[Stage], error: BaseException) -> str | None:

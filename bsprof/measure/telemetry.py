@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from bsprof.errors import BsprofError
+from bsprof.measure.companion import Companion
 from bsprof.measure.nvml import Gpu, Number
 from bsprof.measure.sampler import FORMAT, End, Header, Lost, Process, Processes, Request, Sample
 from bsprof.model import Energy, ForeignProcess, Telemetry
@@ -23,9 +22,6 @@ from bsprof.noun import Note
 
 KEEP_S = 1.0
 """Samples so long before and after the window are kept: what came before explains its beginning."""
-
-CLOSE_S = 5.0
-"""The sampler has so long to end when it is told to. Its slowest question to a driver takes some 0.1 s."""
 
 COVERED = 0.8
 """Share of the samples due in the window that must be there. A busy machine makes the sampler miss a tick now and
@@ -72,49 +68,7 @@ _SOFTWARE_THERMAL, _HARDWARE_THERMAL = 0x20, 0x40
 # --- starting it ------------------------------------------------------------------------------------
 
 
-class TelemetrySampler:
-    """The sampling process beside this one. It ends with `close`, or by itself when this process has gone."""
-
-    def __init__(self, request: Request) -> None:
-        # All paths are handed over, so that it finds what this process finds, and nothing else first.
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-        command = [sys.executable, "-P", "-m", "bsprof.measure.sampler", msgspec.json.encode(request).decode()]
-        self._process: subprocess.Popen[bytes] | None = None
-        with contextlib.suppress(OSError):  # no process, no recording: `summarise` says so, and the case goes on
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, env=environ
-            )
-
-    @property
-    def pid(self) -> int | None:
-        """The sampling process's id while it has one."""
-        return None if self._process is None else self._process.pid
-
-    def close(self) -> None:
-        """Tell the sampler to end and wait until it has; it is killed where it does not. Closing twice is once."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        # A byte and not the end alone: DataLoader workers may hold this pipe open as well.
-        with contextlib.suppress(OSError):
-            process.stdin.write(b".")
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        try:
-            process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def record(device: torch.device, hz: float, path: Path) -> TelemetrySampler:
+def record(device: torch.device, hz: float, path: Path) -> Companion:
     """Start to sample `device` and the host `hz` times a second into the file `path`, and return at once.
 
     CUDA need not have started, and is not started by this; where it has, the device is known by its UUID. Nothing that
@@ -125,7 +79,8 @@ def record(device: torch.device, hz: float, path: Path) -> TelemetrySampler:
         raise BsprofError(f"--telemetry-hz {hz}: expected more than 0", hint="0 in a plan means: start no sampler")
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)  # an older recording must not be taken for this one
-    return TelemetrySampler(Request(path=str(path.absolute()), hz=hz, parent=os.getpid(), gpu=cuda_gpu(device)))
+    request = Request(path=str(path.absolute()), hz=hz, parent=os.getpid(), gpu=cuda_gpu(device))
+    return Companion("bsprof.measure.sampler", msgspec.json.encode(request).decode())
 
 
 def cuda_gpu(device: torch.device) -> Gpu | None:

@@ -28,6 +28,7 @@ __all__ = [
     "build_model",
     "catalogue",
     "check_names",
+    "described",
     "import_own",
     "prepare_data",
 ]
@@ -84,7 +85,7 @@ def build_model(name: str, *, classes: int, shape: ImageShape, seed: int) -> nn.
         factory = _import_factory("model", name, MODELS)
         built = factory(**_accepted(factory, {"num_classes": classes}, through_kwargs=True))
     if not isinstance(built, nn.Module):
-        raise BsprofError(f"model '{name}' returned {_a(built)}", hint="a factory returns a torch.nn.Module")
+        raise BsprofError(f"model '{name}' returned {described(built)}", hint="a factory returns a torch.nn.Module")
     return built
 
 
@@ -176,7 +177,7 @@ def _import_factory(kind: Kind, spec: str, known: Iterable[str]) -> Callable[...
     found = import_own(kind, spec, known)
     if not callable(found) or isinstance(found, nn.Module):
         raise BsprofError(
-            f"{kind} '{spec}' is {_a(found)}, not a factory", hint="name a function or class that returns it"
+            f"{kind} '{spec}' is {described(found)}, not a factory", hint="name a function or class that returns it"
         )
     factory: Callable[..., Any] = found
     return factory
@@ -215,7 +216,7 @@ def _own_data(spec: str, made: Any) -> Data:
     if not isinstance(dataset, Dataset):
         hint = "bsprof makes the DataLoader itself" if isinstance(dataset, DataLoader) else None
         raise BsprofError(
-            f"data '{spec}' returned {_a(dataset)}, a torch.utils.data.Dataset is expected",
+            f"data '{spec}' returned {described(dataset)}, a torch.utils.data.Dataset is expected",
             hint=hint or "return a Dataset, or a Dataset and its number of classes",
         )
     if classes is None:
@@ -226,9 +227,8 @@ def _own_data(spec: str, made: Any) -> Data:
     sample = _first_sample(spec, dataset)
     image, label = sample if isinstance(sample, (tuple, list)) and len(sample) == 2 else (None, None)
     if not (isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and _is_index(label)):
-        shown = ", ".join(_a(part) for part in sample) if isinstance(sample, (tuple, list)) else _a(sample)
         raise BsprofError(
-            f"data '{spec}': a sample is ({shown})",
+            f"data '{spec}': a sample is {described(sample)}",
             hint="expected is (float tensor of channels x height x width, int); ToTensor() makes one of an image",
         )
     return Data(dataset=dataset, classes=classes, shape=ImageShape(*image.shape))
@@ -263,8 +263,10 @@ def _is_index(label: Any) -> bool:
     return hasattr(label, "__index__")
 
 
-def _a(value: Any) -> str:
-    """Describe a value by its type, a tensor also by its dtype and shape."""
+def described(value: Any) -> str:
+    """Describe a value by its type, a tensor also by its dtype and shape, a sequence by what is in it."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of ({', '.join(map(described, value[:4]))}{', …' if len(value) > 4 else ''})"
+    return "nothing" if value is None else f"a {type(value).__name__}"
