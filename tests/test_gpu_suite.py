@@ -52,7 +52,7 @@ def failed(lines):
 # --- the whole of it, as it is run ------------------------------------------------------------------
 
 
-def run_suite(*arguments, timeout=180):
+def run_suite(*arguments, timeout=600):
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
@@ -66,6 +66,7 @@ def rehearsal(tmp_path_factory):
     return done, folder
 
 
+@pytest.mark.xdist_group("rehearsal")
 def test_a_rehearsal_exercises_every_check_and_none_crashes(rehearsal):
     done, folder = rehearsal
     (path,) = folder.glob("*.json")
@@ -79,6 +80,7 @@ def test_a_rehearsal_exercises_every_check_and_none_crashes(rehearsal):
     assert judged == {check.name for check in suite.CHECKS}
 
 
+@pytest.mark.xdist_group("rehearsal")
 def test_a_rehearsal_claims_nothing(rehearsal):
     done, folder = rehearsal
     (path,) = folder.glob("*.json")

@@ -30,6 +30,7 @@ from bsprof.measure import counters, environment
 from bsprof.measure.clock import host_clock, present_device
 from bsprof.measure.crew import cores_to_be_had
 from bsprof.measure.environment import cores_of_this_process
+from bsprof.measure.failures import blame_a_worker
 from bsprof.measure.signals import held_back
 from bsprof.model import Case, Facts, Measurement, Outcome, Result
 
@@ -248,7 +249,11 @@ def try_to_watch(
     try:
         with watching:
             try:
-                _consume(watching.watch(loader), seconds, step, watching, kept)
+                try:
+                    _consume(watching.watch(loader), seconds, step, watching, kept)
+                except (OSError, EOFError):
+                    blame_a_worker()
+                    raise
             except Exception as error:
                 failure = error
     except Exception as error:  # a signal's, that was held back until all was cleaned up

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import resource
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +23,7 @@ from bsprof.measure.clock import DeviceClock, device_clock, host_clock, present_
 from bsprof.measure.companion import Companion
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
-from bsprof.measure.failures import abandon, classify
+from bsprof.measure.failures import abandon, blame_a_worker, classify
 from bsprof.measure.loop import Stage, Training, build_optimizer, run_block, run_serialised, running_phase
 from bsprof.measure.tape import Tape, cost_per_step_ns
 from bsprof.model import (
@@ -227,7 +226,7 @@ class CaseRun:
             with self._stage("epoch"):
                 self._price_epochs()
         except (OSError, EOFError):
-            _blame_a_worker()
+            blame_a_worker()
             raise
         finally:
             if self._sampler:
@@ -564,14 +563,6 @@ class CaseRun:
 def _precision(step_ns: list[int]) -> float | None:
     """Return the relative half-width of the median's interval, or None where there are too few steps for one."""
     return stats.median(step_ns).precision if step_ns else None
-
-
-def _blame_a_worker() -> None:
-    """Raise torch's own error if a DataLoader worker has died: what it was handing over breaks off in many ways."""
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:  # its sockets close before it has quite ended
-        torch._C._error_if_any_worker_fails()
-        time.sleep(0.05)
 
 
 def throttled(emit: Emit, *, every_s: float = 0.5) -> Emit:

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -44,6 +45,14 @@ def abandon(error: BaseException) -> None:
     such deaths beside busy cores). The process ends with all its workers anyway.
     """
     _ABANDONED.append(error)
+
+
+def blame_a_worker() -> None:
+    """Raise torch's own error if a DataLoader worker has died: what it was handing over breaks off in many ways."""
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:  # its sockets close before it has quite ended
+        torch._C._error_if_any_worker_fails()
+        time.sleep(0.05)
 
 
 def classify(error: BaseException, phase: str | None = None, *, oom_kills: int = 0) -> Outcome:
