@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
