@@ -66,7 +66,6 @@ def rehearsal(tmp_path_factory):
     return done, folder
 
 
-@pytest.mark.xdist_group("rehearsal")
 def test_a_rehearsal_exercises_every_check_and_none_crashes(rehearsal):
     done, folder = rehearsal
     (path,) = folder.glob("*.json")
@@ -80,7 +79,6 @@ def test_a_rehearsal_exercises_every_check_and_none_crashes(rehearsal):
     assert judged == {check.name for check in suite.CHECKS}
 
 
-@pytest.mark.xdist_group("rehearsal")
 def test_a_rehearsal_claims_nothing(rehearsal):
     done, folder = rehearsal
     (path,) = folder.glob("*.json")
