@@ -404,11 +404,29 @@ def test_threads_that_compute_beside_a_workers_main_thread():
     assert behind.blocked_s == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_feeder_threads_pickling_is_no_thread_beside():
+def test_the_feeder_threads_pickling_makes_no_batch_longer_but_takes_cores():
     found = load_of(loading(workers=1, process_cpu=1.05, jitter=0.0))
     assert found is not None
-    assert found.worker_cores == 1.0
+    assert found.worker_cores == pytest.approx(1.05)
     assert found.cpu_s == pytest.approx(0.0072)
+    assert mean_step_s(found, Setting(4, 2, True, 8.0)) == pytest.approx(
+        mean_step_s(found._replace(worker_cores=1.0), Setting(4, 2, True, 8.0))
+    )
+    assert mean_step_s(found._replace(step_s=0 * found.step_s), Setting(8, 2, True, 2.0)) == pytest.approx(
+        0.0072 * 1.05 / 2, rel=0.1
+    )
+
+
+def test_a_worker_that_only_waits_holds_no_batch_up():
+    """What hand-off takes beside a worker that computes is partly that worker's doing; beside one that sleeps it is all
+    there is to it."""
+    seen = loading(stages={OWN: Cost(0.0005, 0.02)}, unpickle_s=1e-3, step_s=1e-3)
+    sleeping = load_of(seen)
+    assert sleeping is not None
+    assert sleeping.idle_handoff_s == pytest.approx(1e-3, rel=0.1)
+    computing = load_of(loading(stages={OWN: Cost(0.02)}, unpickle_s=1e-3, step_s=1e-3))
+    assert computing is not None
+    assert computing.idle_handoff_s < 3e-4
 
 
 def test_a_step_that_workers_slow_down_is_replayed_from_what_it_takes_without_them():
@@ -464,6 +482,23 @@ def test_predictions_say_what_comes_of_it():
     assert none.samples_per_s == pytest.approx(32 / 0.014)
     assert (two.workers, two.prefetch, two.in_order) == (2, 4, False)
     assert two.speedup == pytest.approx(2.0)
+
+
+def test_what_a_recorded_step_took_beyond_its_replay_the_others_take_too():
+    some = load(0.010, step_s=0.004, samples=32.0, recorded_step_s=0.011)
+    one, none = predict(some, Setting(1), [Setting(1), Setting(0)])
+    assert one.step_s == pytest.approx(0.011)
+    assert none.step_s == pytest.approx(0.014 * 1.1)
+    assert none.samples_per_s == pytest.approx(32 / 0.0154)
+    assert none.speedup == pytest.approx(10 / 14)
+    # A step that took thrice as long was held up by something else.
+    assert predict(some._replace(recorded_step_s=0.030), Setting(1), [Setting(1)])[0].step_s == pytest.approx(0.0125)
+
+
+def test_a_recorded_step_is_from_batch_to_batch_within_an_epoch():
+    found = load_of(loading(workers=1, step_s=0.020, stages={OWN: Cost(0.001)}, jitter=0.0, epochs=3, end_s=1.0))
+    assert found is not None
+    assert found.recorded_step_s == pytest.approx(0.020, rel=0.02)
 
 
 def test_a_recording_without_any_work_can_be_predicted():
