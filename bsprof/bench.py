@@ -451,6 +451,6 @@ def _refuse_other_machine(past: _Past, environment: Environment) -> None:
     differences = environment_differences(past.environment, environment)
     if differences:
         raise BsprofError(
-            f"--resume {past.path}: was measured elsewhere: {'; '.join(differences)}",
+            f"--resume {past.path}: was measured elsewhere: {'; '.join(map(str, differences))}",
             hint="measure anew, or resume where it was measured",
         )

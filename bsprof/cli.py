@@ -11,7 +11,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import click
 
@@ -220,6 +220,38 @@ def show(result: Path) -> None:
     from bsprof.report import terminal
 
     terminal.render(store.load(result), terminal.console())
+
+
+@commands.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["rich", "markdown", "json", "github"]),
+    default="rich",
+    help="A table for the terminal or for a pull request, JSON, or a workflow's annotations. [rich]",
+)
+@click.option("--threshold", type=float, metavar="SHARE", help="Let the step change by this share. [0.02]")
+@click.option("--strict/--no-strict", default=None, help="Fail (4) where something could not be decided.")
+@click.option("--allow", multiple=True, metavar="NAME[,NAME]", help="Compare although this of the machine differs.")
+def compare(
+    base: Path,
+    new: Path,
+    output_format: Literal["rich", "markdown", "json", "github"],
+    threshold: float | None,
+    strict: bool | None,
+    allow: tuple[str, ...],
+) -> int:
+    """Say what has changed from BASE to NEW, with intervals.
+
+    Each is a result, or a folder of results of one machine. Exit code 0: nothing is slower; 1: a case regressed; 3:
+    they cannot be compared; 4: undecided, with --strict; 5: a case is missing. Thresholds of metrics and cases stand
+    in pyproject.toml, [tool.bsprof.gate].
+    """
+    from bsprof import comparing
+
+    return comparing.run(comparing.Request(base, new, output_format, threshold, strict, allow))
 
 
 @commands.command()

@@ -9,12 +9,17 @@ class Exit(IntEnum):
     """Exit codes of the command line.
 
     `DONE` everything asked for was done; `VERDICT` it was done and the answer is negative;
-    `USAGE` it could not be done as asked; `INTERRUPTED` stopped by the user, what was measured is saved.
+    `USAGE` it could not be done as asked; `INTERRUPTED` stopped by the user, what was measured is saved. A comparison
+    has three more: `INCOMPARABLE` the two sides do not belong side by side, `INCONCLUSIVE` (only where that was asked
+    for) something could not be decided, `MISSING` a case of the one side has no figures on the other.
     """
 
     DONE = 0
     VERDICT = 1
     USAGE = 2
+    INCOMPARABLE = 3
+    INCONCLUSIVE = 4
+    MISSING = 5
     INTERRUPTED = 130
 
 

@@ -579,3 +579,29 @@ class Result(Noun, frozen=True, kw_only=True):
     ceilings: Ceilings | None = None
     wall_s: float | None = None
     notes: tuple[Note, ...] = ()
+
+
+# --- what a gate lets pass --------------------------------------------------------------------------
+
+Threshold = Annotated[float, Meta(gt=0, lt=1, description="share by which a figure may change")]
+
+
+class CaseGate(Noun, frozen=True, kw_only=True):
+    """Another threshold for the cases that have these settings, by axis; of several that fit the last one counts."""
+
+    settings: dict[str, Any]
+    threshold: Threshold
+
+
+class Gate(Noun, frozen=True, kw_only=True):
+    """How much a comparison lets pass: `[tool.bsprof.gate]` of a pyproject.toml."""
+
+    threshold: Threshold = 0.02
+    """Of the step."""
+    metrics: dict[str, Threshold] = {}
+    """Metrics that are judged beside the step, each with its threshold, as `peak_memory = 0.05`."""
+    cases: tuple[CaseGate, ...] = ()
+    allow: tuple[str, ...] = ()
+    """Differences between machines that are no reason to refuse, as `host` where CI gives each run another one."""
+    strict: bool = False
+    """Whether what could not be decided fails."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Not scipy.stats: it takes ten times as long to import, and `bsprof show` has to start at once.
-from scipy.special import betainc, stdtrit
+from scipy.special import betainc, ndtri, stdtr, stdtrit
 
 Numbers: TypeAlias = Sequence[float] | NDArray[Any]
 
@@ -193,6 +193,120 @@ def spread(values: Numbers) -> float | None:
         return None
     logs = _logs(values)
     return float(np.expm1(logs.max() - logs.min()))
+
+
+# --- two sides --------------------------------------------------------------------------------------
+
+POWER = 0.8
+"""Share of changes of the detectable size that are found."""
+
+
+class Ratio(NamedTuple):
+    """How many times as large one side is as the other, with the interval in which that is to be expected.
+
+    Both sides are processes' figures, one value a process. `low` and `high` bound the 95 % interval; they are null, as
+    `error` and `freedom` are, where a side has too few processes to have a scatter.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    error: float | None
+    """Standard error of ln(value)."""
+    freedom: float | None
+    """Degrees of freedom of Student's t."""
+
+    def chance(self, threshold: float) -> float:
+        """Return the p-value of 'the change is within the threshold', in the direction that was seen; 1 if unknown.
+
+        One-sided Student's t of ln(value) against ln(1 + threshold): below 2.5 % exactly where the 95 % interval lies
+        beyond the threshold.
+        """
+        if self.error is None or self.freedom is None:
+            return 1.0
+        beyond = abs(math.log(self.value)) - math.log1p(threshold)
+        if self.error == 0:
+            return 0.0 if beyond > 0 else 1.0
+        return float(stdtr(self.freedom, -beyond / self.error))
+
+    def is_within(self, threshold: float) -> bool:
+        """Whether the whole interval lies within the threshold on either side of 1."""
+        if self.low is None or self.high is None:
+            return False
+        return self.low >= 1 / (1 + threshold) and self.high <= 1 + threshold
+
+    def detectable(self, threshold: float, power: float = POWER) -> float | None:
+        """Return the smallest change, as a share, that would be found with that power beyond the threshold.
+
+        exp(ln(1 + threshold) + (t(0.975) + t(power)) error) - 1, the error being the one that was seen (Cohen 1988,
+        Statistical Power Analysis, 2.4, with t in the place of z).
+        """
+        if self.error is None or self.freedom is None:
+            return None
+        return math.expm1(math.log1p(threshold) + _reach(self.freedom, power) * self.error)
+
+
+def _reach(freedom: float, power: float) -> float:
+    return float(stdtrit(freedom, 0.975)) + float(stdtrit(freedom, power))
+
+
+def change(new: Numbers, base: Numbers, *, paired: bool) -> Ratio:
+    """Return the geometric mean of `new` over that of `base`, with a 95 % interval on the log ratio.
+
+    Values are one a process, whose steps are no samples of their own. `paired`: new[i] and base[i] were measured in
+    turns, so that what slows both is in neither; Student's t on the differences. Else Welch's t with the degrees of
+    freedom of Welch and Satterthwaite (Welch 1947, The generalization of Student's problem).
+    Raises ValueError for values that are none, not finite or not positive, and for pairs of unequal numbers.
+    """
+    after, before = _logs(new), _logs(base)
+    difference = float(after.mean() - before.mean())
+    scatter: tuple[float, float] | None = None
+    if paired:
+        if after.size != before.size:
+            raise ValueError(f"pairs need as many values on both sides, got {after.size} and {before.size}")
+        if after.size > 1:
+            scatter = float((after - before).var(ddof=1)) / after.size, after.size - 1
+    elif min(after.size, before.size) > 1:
+        parts = [(float(side.var(ddof=1)) / side.size, side.size - 1) for side in (after, before)]
+        variance = math.fsum(part for part, _ in parts)
+        spent = math.fsum(part**2 / freedom for part, freedom in parts)
+        scatter = variance, variance**2 / spent if spent else after.size + before.size - 2
+    if scatter is None:
+        return Ratio(math.exp(difference), None, None, None, None)
+    error, freedom = math.sqrt(scatter[0]), float(scatter[1])
+    half = float(stdtrit(freedom, 0.975)) * error
+    with np.errstate(over="ignore"):
+        value, low, high = np.exp([difference, difference - half, difference + half]).tolist()
+    return Ratio(value, low, high, error, freedom)
+
+
+def pairs_needed(scatter: float, effect: float, threshold: float, power: float = POWER) -> int:
+    """Return how many pairs find a change of `effect` beyond `threshold` (shares) with that power; at least two.
+
+    `scatter` is the standard deviation of the pairs' log ratios. The smallest K with K >= ((t(0.975) + t(power))
+    scatter / (ln(1 + effect) - ln(1 + threshold)))^2, t having K - 1 degrees of freedom. Raises ValueError for an
+    effect within the threshold: no number of pairs shows that.
+    """
+    if effect <= threshold:
+        raise ValueError("an effect within the threshold cannot be found")
+    ratio = scatter / (math.log1p(effect) - math.log1p(threshold))
+    pairs = max(2, math.ceil((float(ndtri(0.975) + ndtri(power)) * ratio) ** 2))  # Student's t asks for some more
+    while pairs < (_reach(pairs - 1, power) * ratio) ** 2:
+        pairs += 1
+    return pairs
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for how many there are, in the order given (Holm 1979).
+
+    Rejecting those below a level keeps the probability of even one false rejection among all below that level.
+    """
+    adjusted = [0.0] * len(chances)
+    worst = 0.0
+    for rank, index in enumerate(sorted(range(len(chances)), key=lambda index: chances[index])):
+        worst = max(worst, min(1.0, chances[index] * (len(chances) - rank)))
+        adjusted[index] = worst
+    return adjusted
 
 
 # --- a line -----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import msgspec
 from bsprof.errors import BsprofError
 from bsprof.files import sync_directory, write_whole
 from bsprof.loading import Loading
-from bsprof.model import AXES, SCHEMA, Environment, LargestBatchSearch, Measurement, Plan, Result, Samples, Stop
+from bsprof.model import AXES, SCHEMA, Environment, Gate, LargestBatchSearch, Measurement, Plan, Result, Samples, Stop
 from bsprof.noun import Noun
 
 T = TypeVar("T")
@@ -245,6 +245,37 @@ def _line_of(place: str, text: bytes) -> str:
     pattern = re.compile(rf"""^[^#]*(?<![\w-])["']?{re.escape(key)}["']?\s*[=:]""")
     lines = [number for number, line in enumerate(text.decode(errors="replace").splitlines(), 1) if pattern.match(line)]
     return f" (line {lines[0]})" if len(lines) == 1 else ""
+
+
+# --- the gate ---------------------------------------------------------------------------------------
+
+
+class _OwnTable(Noun, frozen=True, kw_only=True):
+    gate: Gate = Gate()
+
+
+class _ToolTable(msgspec.Struct, frozen=True):
+    bsprof: _OwnTable = _OwnTable()
+
+
+class _Pyproject(msgspec.Struct, frozen=True):
+    tool: _ToolTable = _ToolTable()
+
+
+def load_gate(path: str | os.PathLike[str]) -> Gate:
+    """Return `[tool.bsprof.gate]` of the pyproject.toml at `path`, the default where it has none.
+
+    Raises BsprofError for a file that cannot be read, and for a table with an unknown key or a value out of range.
+    """
+    path = Path(path)
+    text = _read(path)
+    with _explained(path, text):
+        try:
+            table = tomllib.loads(text.decode())
+        except tomllib.TOMLDecodeError as error:
+            raise BsprofError(f"{path}: {_lowered(str(error))}") from None
+        return msgspec.convert(table, _Pyproject).tool.bsprof.gate
+    raise AssertionError("a context that explains errors does not swallow them")
 
 
 # --- the journal ------------------------------------------------------------------------------------

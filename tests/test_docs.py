@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from bsprof import store
 from bsprof.cli import commands, flag_of
-from bsprof.model import AXES, PHASES, OutcomeKind
+from bsprof.model import AXES, PHASES, Gate, OutcomeKind
 from bsprof.sweep.plan import parse_values
 
 ROOT = Path(__file__).parents[1]
@@ -136,11 +136,11 @@ def test_reading_a_result_in_python_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("page", sorted(TEXT))
-def test_written_plans_are_plans(page, tmp_path):
+def test_written_plans_and_gates_are_read(page, tmp_path):
     for body in blocks(page, "toml"):
         path = tmp_path / "plan.toml"
         path.write_text(body)
-        assert store.read_plan(path)
+        assert store.load_gate(path) != Gate() if "[tool.bsprof.gate" in body else store.read_plan(path)
 
 
 # --- names ------------------------------------------------------------------------------------------

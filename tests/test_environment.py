@@ -340,7 +340,7 @@ def test_differences_say_what_changed(here):
     )
     before = msgspec.structs.replace(here, variables={})
     after = msgspec.structs.replace(after, variables={"OMP_NUM_THREADS": "97"})
-    said = environment_differences(before, after)
+    said = list(map(str, environment_differences(before, after)))
     assert f"torch: {here.torch} → 2.99.0" in said
     assert "OMP_NUM_THREADS: unset → 97" in said
     assert any(line.startswith("accelerators: ") and line.endswith("NVIDIA L4 (8.9, 24.0 GiB)") for line in said)
@@ -361,7 +361,7 @@ def test_what_says_nothing_about_speed_is_no_difference(here):
 def test_another_commit_or_another_limit_is_a_difference(here):
     before = msgspec.structs.replace(here, git_commit="0123456789ab", memory_limit_bytes=None)
     after = msgspec.structs.replace(here, git_commit="ba9876543210", memory_limit_bytes=2**30)
-    assert environment_differences(before, after) == [
+    assert list(map(str, environment_differences(before, after))) == [
         f"memory_limit_bytes: none → {2**30}",
         "git_commit: 0123456789ab → ba9876543210",
     ]

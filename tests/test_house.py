@@ -41,6 +41,7 @@ FLOORS = {
     "__main__": 4,
     "bench": 4,
     "cli": 4,
+    "comparing": 4,
     "diagnosing": 4,
     "pytest_plugin": 4,
 }
