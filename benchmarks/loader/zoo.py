@@ -1,6 +1,7 @@
 """Plants faults in data loaders and counts how often `bsprof` names them first, and stays silent without them.
 
-    python -m benchmarks.loader.zoo [--quick] [--only CODE,…] [--repeats N] [--json FILE] [--keep DIR] [--plain]
+    python -m benchmarks.loader.zoo [--quick] [--only CODE,…] [--methods fork,spawn] [--repeats N] [--json FILE]
+                                    [--keep DIR] [--plain]
 
 Every fault of `scenes.FAULTS` runs under each way of starting workers that applies, `--repeats` times, at a scale that
 changes from one to the next; and as often without the fault. Each run has a process of its own and a deadline. A run
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from benchmarks.loader import one
-from benchmarks.loader.scenes import FAULTS, FORK, Fault
+from benchmarks.loader.scenes import FAULTS, FORK, SPAWN, Fault
 from bsprof.sweep.runner import describe_environment
 
 ROOT = Path(__file__).parents[2]
@@ -276,6 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one repeat, fork only")
     parser.add_argument("--only", default="", help="names of faults or codes of causes, with commas between")
+    parser.add_argument("--methods", default=f"{FORK},{SPAWN}", help="of starting workers, with a comma between")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--seconds", type=float, help="to watch each, without the start of its workers")
     parser.add_argument("--plain", action="store_true", help="a stopwatch instead of a diagnosis")
@@ -286,7 +288,9 @@ def main() -> None:
     unknown = only - {f.name for f in FAULTS} - {cause.code for f in FAULTS for cause in f.causes}
     if unknown:
         parser.error(f"--only: no such fault: {', '.join(sorted(unknown))}")
-    methods = {FORK} if arguments.quick else {method for fault in FAULTS for method in fault.methods}
+    methods = {FORK} if arguments.quick else set(arguments.methods.split(","))
+    if not methods <= {FORK, SPAWN}:
+        parser.error(f"--methods: {arguments.methods}: expected {FORK}, {SPAWN} or both")
     runs = planned(only, methods, 1 if arguments.quick else arguments.repeats)
     extra = [] if arguments.seconds is None else ["--seconds", str(arguments.seconds)]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing stays behind
