@@ -223,7 +223,11 @@ class ProbeCost(Noun, frozen=True, kw_only=True):
     """What watching cost, measured on this machine with the same code."""
 
     batch_ns: float
+    """For each batch that is accounted for whole."""
+    brief_ns: float | None = None
+    """For each of the others, where batches come fast: of these it is known when they were begun and done."""
     sample_ns: float
+    """For each sample of a batch that is accounted for whole."""
     stage_ns: float
     """For each call of a stage that has a hook."""
 

@@ -247,7 +247,7 @@ def assemble(
         epochs=tuple(_epochs(loader, began)),
         stages=_stages(recordings),
         samples=_samples(recordings),
-        probe=cost and ProbeCost(batch_ns=cost.batch, sample_ns=cost.sample, stage_ns=cost.stage),
+        probe=cost and ProbeCost(batch_ns=cost.batch, brief_ns=cost.brief, sample_ns=cost.sample, stage_ns=cost.stage),
         dropped=loader.dropped + sum(recorded.dropped for recorded in recordings.all()),
         notes=tuple(_notes(loader, recordings)),
     )

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import _DatasetKind
 from torch.utils.data._utils.fetch import _IterableDatasetFetcher, _MapDatasetFetcher
 from torch.utils.data._utils.worker import _ResumeIteration
@@ -724,6 +725,9 @@ class Cost(NamedTuple):
     """What watching takes, in ns."""
 
     batch: float
+    """One that is accounted for whole."""
+    brief: float
+    """One that is not."""
     sample: float
     stage: float
 
@@ -731,31 +735,53 @@ class Cost(NamedTuple):
 def cost(recording: Recording) -> Cost:
     """Measure what watching costs: batches of nothing, fetched plain and watched, into a `recording` of no further use.
 
-    Medians of repeats. The cost of a batch is that of one sample's batch less the sample.
+    Medians over repeats, in each of which everything is done in turn, so that a machine that changes its speed changes
+    it for all. The cost of a batch is that of one sample's batch less the sample.
     """
     plain = _MapDatasetFetcher([0] * 64, True, _first, False)
     watch = Watch(recording)
     watched = watch.create(_MapDatasetFetcher, [0] * 64, True, _first, False)
     few, many = [0], list(range(64))
+
+    def fetch(indices: list[int], brief: int) -> None:
+        watch.brief = brief
+        watched.fetch(indices)
+
     try:
-        extra = {
-            len(indices): _median_ns(watched.fetch, indices) - _median_ns(plain.fetch, indices)
-            for indices in (few, many)
-        }
+        plain_1, whole_1, brief_1, plain_64, whole_64 = _in_turn(
+            functools.partial(plain.fetch, few),
+            functools.partial(fetch, few, 0),
+            functools.partial(fetch, few, 1),
+            functools.partial(plain.fetch, many),
+            functools.partial(fetch, many, 0),
+        )
     finally:
         watch.stop()
         HOOKS.undo()
     CLOCK.begin()
     try:
-        stage = _median_ns(timed(_first, [0] * 5), many) - _median_ns(_first, many)
+        bare, hooked = _in_turn(functools.partial(_first, many), functools.partial(timed(_first, [0] * 5), many))
     finally:
         CLOCK.end()
-    sample = (extra[64] - extra[1]) / 63
-    return Cost(batch=extra[1] - sample, sample=sample, stage=stage)
+    one, all_of_them = whole_1 - plain_1, whole_64 - plain_64
+    sample = float(np.median(all_of_them - one)) / (len(many) - len(few))
+    return Cost(
+        batch=float(np.median(one)) - sample,
+        brief=float(np.median(brief_1 - plain_1)),
+        sample=sample,
+        stage=float(np.median(hooked - bare)),
+    )
 
 
-def _median_ns(call: Callable[[Any], object], argument: Any) -> float:
-    return _cost_of(functools.partial(call, argument))
+def _in_turn(*calls: Callable[[], object]) -> NDArray[np.int64]:
+    """Return how long each call takes in nanoseconds, a row a call and a column a repeat."""
+    times = np.empty((len(calls), _REPEATS), dtype=np.int64)
+    for repeat in range(_REPEATS):
+        for place, call in enumerate(calls):
+            before = _now()
+            call()
+            times[place, repeat] = _now() - before
+    return times
 
 
 def _first(items: list[Any]) -> Any:

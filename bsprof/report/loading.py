@@ -385,7 +385,9 @@ def _own_cost(loading: Loading) -> str:
     if sum(fetches) <= 0:
         return text
     samples = loading.samples.count if loading.samples is not None else 0
-    cost = len(fetches) * probe.batch_ns + samples * probe.sample_ns + calls * probe.stage_ns
+    whole = sum(cpu is not None for cpu in batches.cpu_ns)
+    brief = max(0, len(fetches) - whole)
+    cost = whole * probe.batch_ns + brief * (probe.brief_ns or 0.0) + samples * probe.sample_ns + calls * probe.stage_ns
     return f"{text}: {figures.percent(cost / sum(fetches))} of the time in which batches are made"
 
 
