@@ -1,0 +1,89 @@
+"""The command line, run as a user runs it: in a process of its own, in a directory of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from bsprof import store
+from bsprof.model import Measurement, Result
+
+TESTS = Path(__file__).parent
+FAST = ("--max-case-time", "0.6", "--precision", "0.5", "--order", "listed", "--batch-size", "4")
+TINY = ("--model", "factories:Perceptron", "--data", "factories:Pixels", "--workers", "0", *FAST)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "bsprof", *arguments]
+
+
+def surroundings(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(Path.cwd() / "cache"), "COLUMNS": "140", **more}
+
+
+def run(directory: Path, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*prefix, *command(*arguments)],
+        cwd=directory,
+        env=surroundings(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def ended(pids: Sequence[int], within_s: float = 15.0) -> bool:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def only_result(directory: Path) -> Result:
+    (path,) = directory.glob("bsprof-*.json")
+    assert not list(directory.glob("*.journal"))
+    return store.load(path)
+
+
+def by_name(result: Result, axis: str) -> dict[str, Measurement]:
+    return {str(getattr(m.case.settings, axis)).rpartition(":")[2]: m for m in result.measurements}
+
+
+def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=directory,
+        env=surroundings(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for_journal(directory: Path, cases: int) -> Path:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        for path in directory.glob("*.journal"):
+            if path.read_bytes().count(b"\n") >= 1 + cases:
+                return path
+        time.sleep(0.02)
+    raise AssertionError("no case was ever finished")
+
+
+MANY = (
+    "--model", "factories:Perceptron", "--data", "factories:Sleepy", "--workers", "1", "--precision", "0.0001",
+    "--max-case-time", "1", "--batch-size", "1,2,3,4,5,6",
+)  # fmt: skip
