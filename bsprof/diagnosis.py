@@ -172,8 +172,10 @@ def _judged(scene: Scene) -> list[_Judgement]:
                 raised.append(_Judgement(rule, found, gain))
             else:
                 gain = _gain(scene, rule, found, here, raised)
-                if gain >= limit("worth"):
-                    raised.append(_Judgement(rule, found, gain, *_interval(scene, found, here, gain)))
+                low, high = _interval(scene, found, here, gain) if gain >= limit("worth") else (0.0, 0.0)
+                # Some stage is always the longest, and more workers always fit: for these only the gain speaks.
+                if low > 0 or (gain >= limit("worth") and rule.rank == "specific"):
+                    raised.append(_Judgement(rule, found, gain, low, high))
                 elif found.even_if_free and waits:
                     raised.append(_Judgement(rule, found, None))
     return raised

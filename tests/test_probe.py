@@ -36,6 +36,7 @@ from torch.utils.data._utils import pin_memory as pinning
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from bsprof.errors import BsprofError
+from bsprof.loader import worker
 from bsprof.loader.probe import Probe
 from bsprof.loader.recording import Batch, Recording, decode, read_recording
 from bsprof.loader.stages import CLOCK, HOOKS
@@ -272,6 +273,21 @@ def test_several_loaders_are_told_apart():
     assert by_size[-1] == (3, 1)
 
 
+def test_memory_is_looked_at_often_although_counting_it_takes_long(monkeypatch):
+    def slow():
+        time.sleep(0.02)
+        return 10 << 20
+
+    monkeypatch.setattr(worker, "_private_bytes", slow)
+    end = time.monotonic() + 2
+    with Probe() as probe:
+        for _ in DataLoader(Sleeps(4000, 0.001), 4, num_workers=1):
+            if time.monotonic() > end:
+                break
+    (own,) = only(probe).workers
+    assert len(own.memory_at_ns) == len(own.private_bytes) >= 3
+
+
 def test_many_passes_hold_no_files_open():
     with Probe() as probe:
         for loader in (DataLoader(Sleeps(2, 0)), DataLoader(Sleeps(2, 0), num_workers=1)):
@@ -506,6 +522,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from loader_datasets import Sleeps
 from torch.utils.data import DataLoader
+from bsprof.loader import worker
 from bsprof.loader.probe import Probe
 with Probe() as probe:
     loader = DataLoader(Sleeps(1_000_000), 4, num_workers=2)

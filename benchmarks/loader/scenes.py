@@ -356,7 +356,7 @@ def _restart_and_transform(at: Conditions, *, start_steps: float, blur: float) -
     chain = transforms.Compose([faults.Blur(at.sample_s(0.3 if at.healthy else blur))])
     return at.scene(
         faults.Planted(12 * BATCH, transform=chain),
-        worker_init_fn=faults.Sleeping(start_steps * at.step_s),
+        worker_init_fn=faults.Sleeping(0.0 if at.healthy else start_steps * at.step_s),
         persistent_workers=at.healthy,
     )
 

@@ -28,7 +28,7 @@ RULES: tuple[Rule, ...] = (
     Rule("many_tensors", consuming.many_tensors, "specific", "both", explains=("large_payload", "slow_collate")),
     Rule("pinning", consuming.pinning, "specific", "consumer"),
     Rule("slow_h2d", consuming.slow_h2d, "beside", "consumer"),
-    Rule("large_payload", making.large_payload, "specific", "both", explains=("slow_collate",)),
+    Rule("large_payload", making.large_payload, "specific", "both", explains=("slow_collate", "cpu_saturated")),
     Rule("per_item_overhead", making.per_item_overhead, "specific", explains=("slow_stage",)),
     Rule("slow_storage", making.slow_storage, "specific", explains=("too_few_workers", "slow_stage")),
     Rule("small_prefetch", cores.small_prefetch, "specific", explains=("too_few_workers", "slow_stage")),

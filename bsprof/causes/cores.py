@@ -20,6 +20,7 @@ from bsprof.evidence import Scene, limit
 from bsprof.loading import Change
 from bsprof.replay import (
     GOOD_ENOUGH,
+    OTHER_THREADS,
     Load,
     Setting,
     evened,
@@ -192,7 +193,8 @@ def small_prefetch(j: Judged) -> Iterator[Found]:
 def cpu_saturated(j: Judged) -> Iterator[Found]:
     """Yield more workers than there are cores for."""
     load, setting = j.load, j.setting
-    wanted = setting.workers * load.worker_cores + load.consumer_cpu
+    threads = load.worker_cores if load.worker_cores > OTHER_THREADS else 1.0  # the pickling thread is no worker
+    wanted = setting.workers * threads + load.consumer_cpu
     if setting.workers == 0 or wanted < setting.capacity + limit("beyond_capacity"):
         return
     if j.scene.runqueue_share < limit("runqueue"):

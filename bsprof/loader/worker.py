@@ -116,6 +116,8 @@ class _Looking:
 
     next_at = 0
     count_at = 0
+    counting_ns = 0
+    """What counting took the last time it was asked; 0 where it was not counted then."""
     private_bytes = ABSENT
     resident_bytes = ABSENT
 
@@ -127,10 +129,12 @@ class _Looking:
         """
         resident = _resident_bytes()
         begun = _now()
+        self.counting_ns = 0
         if begun >= self.count_at or ABSENT in (resident, self.resident_bytes, self.private_bytes):
             self.private_bytes, self.resident_bytes = _private_bytes(), resident
             ended = _now()
-            self.count_at = ended + _LOOK_SHARE * (ended - begun)
+            self.counting_ns = ended - begun
+            self.count_at = ended + _LOOK_SHARE * self.counting_ns
             return self.private_bytes
         return max(0, self.private_bytes + resident - self.resident_bytes)
 
@@ -388,7 +392,8 @@ class Watch:
             open_files=_entries("/proc/self/fd", less=1 + Recording.OPEN_FILES + self._counters.open_files),
         )
         ended = _now()
-        _looking.next_at = ended + max(_LOOK_EVERY_NS, _LOOK_SHARE * (ended - begun))
+        # Counting has a rhythm of its own: were it part of a look, all looks would be as rare as counts.
+        _looking.next_at = ended + max(_LOOK_EVERY_NS, _LOOK_SHARE * (ended - begun - _looking.counting_ns))
         self.recording.append_look(look)
 
 
