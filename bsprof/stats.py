@@ -167,9 +167,13 @@ def paired_ratio(a: Numbers, b: Numbers, level: float = 0.95) -> Estimate:
     One pair has no interval. Raises ValueError for lengths that differ and for values that are none, not finite
     or not positive.
     """
+    return _t_on_logs(_log_ratios(a, b), level)
+
+
+def _log_ratios(a: Numbers, b: Numbers) -> NDArray[np.float64]:
     if len(a) != len(b):
         raise ValueError(f"pairs need as many values on both sides, got {len(a)} and {len(b)}")
-    return _t_on_logs(_logs(a) - _logs(b), level)
+    return _logs(a) - _logs(b)
 
 
 def _t_on_logs(logs: NDArray[np.float64], level: float) -> Estimate:
@@ -178,10 +182,16 @@ def _t_on_logs(logs: NDArray[np.float64], level: float) -> Estimate:
     n, mean = logs.size, float(logs.mean())
     if n < 2:
         return Estimate(math.exp(mean), None, None, n, float(n))
-    half = float(stdtrit(n - 1, (1 + level) / 2)) * float(logs.std(ddof=1)) / math.sqrt(n)
+    value, low, high = _t_interval(mean, float(logs.std(ddof=1)) / math.sqrt(n), n - 1, level)
+    return Estimate(value, low, high, n, float(n))
+
+
+def _t_interval(mean: float, error: float, freedom: float, level: float = 0.95) -> tuple[float, float, float]:
+    """Return exp of a mean logarithm and of the ends of its Student's t interval."""
+    half = float(stdtrit(freedom, (1 + level) / 2)) * error
     with np.errstate(over="ignore"):  # two processes that differ by orders of magnitude: anything is possible
         value, low, high = np.exp([mean, mean - half, mean + half]).tolist()
-    return Estimate(value, low, high, n, float(n))
+    return value, low, high
 
 
 def spread(values: Numbers) -> float | None:
@@ -258,26 +268,24 @@ def change(new: Numbers, base: Numbers, *, paired: bool) -> Ratio:
     freedom of Welch and Satterthwaite (Welch 1947, The generalization of Student's problem).
     Raises ValueError for values that are none, not finite or not positive, and for pairs of unequal numbers.
     """
-    after, before = _logs(new), _logs(base)
-    difference = float(after.mean() - before.mean())
     scatter: tuple[float, float] | None = None
     if paired:
-        if after.size != before.size:
-            raise ValueError(f"pairs need as many values on both sides, got {after.size} and {before.size}")
-        if after.size > 1:
-            scatter = float((after - before).var(ddof=1)) / after.size, after.size - 1
-    elif min(after.size, before.size) > 1:
-        parts = [(float(side.var(ddof=1)) / side.size, side.size - 1) for side in (after, before)]
-        variance = math.fsum(part for part, _ in parts)
-        spent = math.fsum(part**2 / freedom for part, freedom in parts)
-        scatter = variance, variance**2 / spent if spent else after.size + before.size - 2
+        ratios = _log_ratios(new, base)
+        difference = float(ratios.mean())
+        if ratios.size > 1:
+            scatter = float(ratios.var(ddof=1)) / ratios.size, ratios.size - 1
+    else:
+        sides = _logs(new), _logs(base)
+        difference = float(sides[0].mean() - sides[1].mean())
+        if min(side.size for side in sides) > 1:
+            parts = [(float(side.var(ddof=1)) / side.size, side.size - 1) for side in sides]
+            variance = math.fsum(part for part, _ in parts)
+            spent = math.fsum(part**2 / freedom for part, freedom in parts)
+            scatter = variance, variance**2 / spent if spent else math.fsum(freedom for _, freedom in parts)
     if scatter is None:
         return Ratio(math.exp(difference), None, None, None, None)
     error, freedom = math.sqrt(scatter[0]), float(scatter[1])
-    half = float(stdtrit(freedom, 0.975)) * error
-    with np.errstate(over="ignore"):
-        value, low, high = np.exp([difference, difference - half, difference + half]).tolist()
-    return Ratio(value, low, high, error, freedom)
+    return Ratio(*_t_interval(difference, error, freedom), error, freedom)
 
 
 def pairs_needed(scatter: float, effect: float, threshold: float, power: float = POWER) -> int:

@@ -13,7 +13,6 @@ import functools
 import math
 import os
 import resource
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import util
@@ -212,7 +211,7 @@ class Watch:
         self._counters = _Counters()
         self._stages: dict[str, int] = {}
         self._named: set[int] = set()
-        self._close_cost_ns = _cost_of(_cpu)
+        self._close_cost_ns = float(np.median(_in_turn(_cpu)))
         self.close_stride = 1
         """Of how many samples one is looked at closely; the first batch tells what that costs."""
         self.close_countdown = 0
@@ -711,16 +710,6 @@ def _bytes_of(tensor: Any) -> int:
         return int(tensor.nbytes)
     except RuntimeError:  # some layouts have no size in bytes
         return 0
-
-
-def _cost_of(call: Callable[[], object]) -> float:
-    """Return what a call of `call` takes, in ns."""
-    costs = []
-    for _ in range(_REPEATS):
-        begun = _now()
-        call()
-        costs.append(_now() - begun)
-    return statistics.median(costs)
 
 
 # --- what watching costs ----------------------------------------------------------------------------
