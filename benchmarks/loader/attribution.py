@@ -5,13 +5,16 @@
 Four loaders with one or two workers each: stages in a Compose of either kind, the data set's own code and collate;
 pickling and unpickling; page-locking (emulated); batches that come out of order. What is planted takes its time to the
 microsecond on a quiet machine, and writes down what it really took: that is what each stage is held against, within
-max(5 %, 0.2 ms) a batch. Nothing else may run meanwhile all the same: order and step have only the planted time.
+max(5 %, 0.2 ms) a batch. A data set's own code is all of `__getitem__` outside its transforms, so that is what is
+written down: calling a transform right after a sleep has been seen to take 30 us on a machine with cold caches. For the
+same reason it is timed while nobody watches. Nothing else may run meanwhile all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import sys
@@ -53,7 +56,11 @@ CALLS = multiprocessing.RawArray("q", len(STAGES))
 """What was really planted in each stage, shared with the one forked worker that has it."""
 
 
-def last(seconds: float, stage: str | None = None, since: float | None = None) -> None:
+DONE_S = [multiprocessing.RawArray("d", 10 * BATCHES) for _worker in range(2)]
+"""When each of two workers had made its n-th batch, on the clock that all processes share."""
+
+
+def last(seconds: float, stage: str | None = None, since: float | None = None) -> float:
     """Return so much time after `since`, to the microsecond: sleep, and spin over the end, where a sleep wakes late."""
     now = time.perf_counter()
     start = now if since is None else since
@@ -62,9 +69,14 @@ def last(seconds: float, stage: str | None = None, since: float | None = None) -
     while now - start < seconds:
         now = time.perf_counter()
     if stage is not None:
-        place = STAGES.index(stage)
-        TAKEN_S[place] += now - start
-        CALLS[place] += 1
+        write_down(stage, now - start)
+    return now
+
+
+def write_down(stage: str, seconds: float) -> None:
+    place = STAGES.index(stage)
+    TAKEN_S[place] += seconds
+    CALLS[place] += 1
 
 
 def taken_s(stage: str) -> float:
@@ -84,10 +96,16 @@ class First:
 
 
 class Second(v2.Transform):
-    """The same, as a module."""
+    """The same, as a module: being called as one is among what it takes."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        start = time.perf_counter()
+        output = super().__call__(*inputs)
+        write_down("Second", time.perf_counter() - start)
+        return output
 
     def forward(self, *inputs: Any) -> Any:
-        last(SECOND_S, "Second")
+        last(SECOND_S)
         return inputs[0]
 
 
@@ -101,9 +119,12 @@ class Timed(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         start = time.perf_counter()
+        others_s = sum(TAKEN_S[:])
         sample = torch.full((16,), float(index))
-        last(self.own_s, OWN, start)
-        return self.transform(sample)
+        last(self.own_s, since=start)
+        transformed = self.transform(sample)
+        write_down(OWN, time.perf_counter() - start - (sum(TAKEN_S[:]) - others_s))
+        return transformed
 
 
 def collate(samples: list[Any]) -> Any:
@@ -136,8 +157,8 @@ class TwoPaces(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         worker = get_worker_info()
         assert worker is not None
-        while True:
-            last(FAST_S if worker.id else SLOW_S)
+        for made in itertools.count():
+            DONE_S[worker.id][made % len(DONE_S[worker.id])] = last(FAST_S if worker.id else SLOW_S)
             yield torch.zeros(16)
 
 
@@ -165,9 +186,39 @@ def held_against(loader: str, loading: Loading, planted: dict[str, float], step_
     return [*rows, Row(loader, "step", step_s, float(known.mean()) if known.size else None)]
 
 
-def watched(loader: DataLoader[Any], step_s: float, batches: int) -> Loading:
+def watched(loader: DataLoader[Any], step_s: float, batches: int, asked_s: list[float] | None = None) -> Loading:
+    """Return what is seen of so many steps, and add to `asked_s` when each of them had ended."""
     consumer = Consumer(kind="fixed", step_ns=round(step_s * 1e9))
-    return watch(loader, seconds=batches * step_s, step=lambda batch: last(step_s), consumer=consumer, thorough=False)
+    ends = [] if asked_s is None else asked_s
+    return watch(
+        loader,
+        seconds=batches * step_s,
+        step=lambda batch: ends.append(last(step_s)),
+        consumer=consumer,
+        thorough=False,
+    )
+
+
+def unwatched(loader: DataLoader[Any], step_s: float, batches: int) -> dict[str, float]:
+    """Return what each stage of this loader takes a call while nobody watches."""
+    TAKEN_S[:], CALLS[:] = [0.0] * len(STAGES), [0] * len(STAGES)
+    for _batch in itertools.islice(loader, batches):
+        last(step_s)
+    return {stage: taken_s(stage) for stage in STAGES if CALLS[STAGES.index(stage)]}
+
+
+def out_of_order_s(asked_s: list[float]) -> float:
+    """Return for how long a batch, on average, made the consumer wait although the next one was there already.
+
+    The slow worker makes the even ones, the fast worker the odd ones. `asked_s[k]` is when batch k + 1 was asked for.
+    """
+    slow, fast = DONE_S
+    waits = [
+        max(0.0, slow[number] - max(asked, fast[number]))
+        for number, asked in enumerate(asked_s[1::2], start=1)
+        if number < min(len(slow), len(fast))
+    ]
+    return sum(waits) / len(waits) / 2
 
 
 def measure(batches: int) -> list[Row]:
@@ -177,9 +228,9 @@ def measure(batches: int) -> list[Row]:
     for name, compose in (("Compose v1", transforms.Compose), ("Compose v2", v2.Compose)):
         data = Timed(compose([First(), Second()]))
         loader = DataLoader(data, BATCH, num_workers=1, collate_fn=collate, multiprocessing_context=fork)
-        loading = watched(loader, STEP_S, batches)
-        planted = {stage: BATCH * taken_s(stage) for stage in (OWN, "First", "Second")}
-        rows += held_against(name, loading, {**planted, "collate": taken_s("collate")}, STEP_S)
+        planted = unwatched(loader, STEP_S, batches)
+        planted.update({stage: BATCH * planted[stage] for stage in (OWN, "First", "Second")})
+        rows += held_against(name, watched(loader, STEP_S, batches), planted, STEP_S)
 
     loader = DataLoader(quick, BATCH, num_workers=1, collate_fn=parcel, multiprocessing_context=fork)
     loading = watched(loader, STEP_S, batches)
@@ -194,8 +245,9 @@ def measure(batches: int) -> list[Row]:
     # The fast worker begins a batch a step after the slow one, which is asked for a step later: from when the fast one
     # is done until the slow one is, the consumer waits for its turn. That is once in two batches.
     loader = DataLoader(TwoPaces(), None, num_workers=2, prefetch_factor=1, multiprocessing_context=fork)
-    loading = watched(loader, SHORT_STEP_S, 2 * batches)
-    return [*rows, *held_against("order", loading, {"ordering": (SLOW_S - FAST_S - SHORT_STEP_S) / 2}, SHORT_STEP_S)]
+    asked_s: list[float] = []
+    loading = watched(loader, SHORT_STEP_S, 2 * batches, asked_s)
+    return [*rows, *held_against("order", loading, {"ordering": out_of_order_s(asked_s)}, SHORT_STEP_S)]
 
 
 def main() -> None:

@@ -156,11 +156,12 @@ def timed(function: Callable[..., Any], cell: Cell) -> Callable[..., Any]:
     def closely(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         outer_ns, clock.inner_ns = clock.inner_ns, 0
         outer_cpu_ns, clock.inner_cpu_ns = clock.inner_cpu_ns, 0
-        cpu, begun = _cpu(), _now()
+        begun, cpu = _now(), _cpu()  # what the looks take falls on the stage that is looked at, not on those around it
         try:
             return function(*arguments, **named)
         finally:
-            ns, cpu_ns = _now() - begun, _cpu() - cpu
+            cpu_ns = _cpu() - cpu
+            ns = _now() - begun
             cell[NS] += ns - clock.inner_ns
             cell[CALLS] += 1
             cell[CLOSELY_NS] += ns - clock.inner_ns
@@ -255,25 +256,27 @@ class _StandIn:
     def _one_by_one(self, plan: _Plan) -> Generator[Any, None, None]:
         clock = CLOCK
         closely = clock.closely
-        cpu = 0
+        begun = _now()
+        cpu = _cpu() if closely else 0
+        # A transform's time ends where the next one's begins: adding it up, all that lies between, falls on the stages
+        # and not on the data set's own code.
         for transform, cell in zip(plan.known, plan.cells, strict=True):
             clock.inner_ns = clock.inner_cpu_ns = 0
-            if closely:
-                cpu = _cpu()
-            begun = _now()
             try:
                 yield transform
             finally:
-                ns = _now() - begun
+                ended_cpu = _cpu() if closely else 0
+                ended = _now()
+                ns, cpu_ns = ended - begun, ended_cpu - cpu
+                begun, cpu = ended, ended_cpu
                 cell[NS] += ns - clock.inner_ns
                 cell[CALLS] += 1
                 self.ns += ns
                 if closely:
-                    cpu = _cpu() - cpu
                     cell[CLOSELY_NS] += ns - clock.inner_ns
-                    cell[CLOSELY_CPU_NS] += cpu - clock.inner_cpu_ns
+                    cell[CLOSELY_CPU_NS] += cpu_ns - clock.inner_cpu_ns
                     cell[CLOSELY_CALLS] += 1
-                    self.cpu_ns += cpu
+                    self.cpu_ns += cpu_ns
 
 
 def stage_names(transforms: Iterable[Any]) -> Iterator[str]:
