@@ -52,20 +52,20 @@ _process_cpu = time.process_time_ns
 _usage = resource.getrusage
 _THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)  # only Linux counts threads apart
 
-_CLOSE_SHARE = 0.003
+_CLOSE_SHARE = 0.002
 """Part of a sample's time that may go into reading CPU clocks at its stages."""
 
-_WHOLE_SHARE = 0.01
+_WHOLE_SHARE = 0.005
 _MOST_STRIDE = 32
-_FIRST_BATCHES = 32
+_FIRST_BATCHES = 16
 """A batch is accounted for whole where that takes this share of its time at the most; of faster ones every second or
 third, at the least every 32nd is, after the first few. Of the others it is known when they were begun and done."""
 _MOST_SENT = 5 * 16
 """Figures of batches sent that are kept back at the most."""
 
 _LOOK_EVERY_NS = 500_000_000
-_LOOK_SHARE = 300
-"""A look at the process comes no more often than twice a second, nor than 300 times what it cost; the same holds for
+_LOOK_SHARE = 500
+"""A look at the process comes no more often than twice a second, nor than 500 times what it cost; the same holds for
 counting its private memory."""
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
