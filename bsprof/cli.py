@@ -254,6 +254,51 @@ def compare(
     return comparing.run(comparing.Request(base, new, output_format, threshold, strict, allow))
 
 
+@commands.command(cls=SweepCommand)
+@click.option("--a", metavar="SIDE", help="Settings, a commit, a folder, a Python, or a script; what is compared with.")
+@click.option("--b", metavar="SIDE", help="Another of the same kind.")
+@click.option("--aa", is_flag=True, help="Compare a thing with itself: this machine's noise floor, which is kept.")
+@click.option("--threshold", type=float, metavar="SHARE", help="A change within is none. [0.005, or the noise floor]")
+@click.option("--effect", type=float, metavar="SHARE", help="Change that is to be found. [4 x the threshold]")
+@click.option("--budget", type=float, metavar="S", help="Begin no pair that would end later; 4 are measured. [60]")
+@click.option("--seconds", type=float, metavar="S", help="Measure each side so long in a process. [2]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep both sides' results there."
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["rich", "markdown", "json", "github"]),
+    default="rich",
+    help="As of `bsprof compare`. [rich]",
+)
+@click.option(
+    "--malloc", type=click.Choice(["pinned", "default"]), default="pinned", help="Keep freed host memory. [pinned]"
+)
+@click.option("--data-root", help="Folder that holds the data set.")
+@click.option("--deadline", type=float, metavar="S", help="End a process that still runs after this time.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the weights and the shuffling. [0]")
+@click.argument("script", nargs=-1)
+def ab(
+    a: str | None,
+    b: str | None,
+    aa: bool,
+    script: tuple[str, ...],
+    output: Path | None,
+    output_format: Literal["rich", "markdown", "json", "github"],
+    **flags: Any,
+) -> int:
+    """Measure two things against each other, in turns.
+
+    --a and --b are two settings (batch_size=64,amp=bf16), two commits or folders, two Pythons, or two scripts; axes
+    given as flags hold for both. SCRIPT [ARGS] is run in each commit, folder or Python instead of bsprof's own step.
+    Exit codes are those of `bsprof compare`: 1 where B is slower.
+    """
+    from bsprof import ab as comparing_in_turns
+
+    return comparing_in_turns.run(comparing_in_turns.Request(a, b, aa, script, output, output_format, flags))
+
+
 @commands.command()
 @click.option(
     "--measure", is_flag=True, help="Measure what it can do at the most, where that is not known yet; 20 to 60 s."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +42,10 @@ CONDITIONS = ("device", "clock", "threads", "malloc", "image_size")
 
 ONE_SIDED = 0.025
 """Chance, in either direction, of a verdict though nothing has changed: 5 % in both."""
+
+DISTURBANCES = ("cpu_contended", "cpu_oversubscribed", "steal", "cpu_quota", "page_faults")
+"""Notes of a case that say why an interval is wide, even where both sides carry them alike; others are worth a word
+only where one side has more."""
 
 MANY_FAULTS = 100.0
 """Minor faults a step from which twice as many on one side are worth a word. Pinned memory takes about one."""
@@ -146,6 +151,7 @@ class CaseComparison(Noun, frozen=True, kw_only=True):
     """One case on both sides."""
 
     case: Case
+    """On the base's side; on the new one other settings may be what is compared."""
     base_processes: int
     new_processes: int
     verdict: Verdict
@@ -195,28 +201,41 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     return min(verdicts, key=_ORDER.index)
 
 
+def are_one_run(base: Result, new: Result) -> bool:
+    """Whether these are the two sides of one `bsprof ab`, whose processes make pairs."""
+    return base.turns is not None and new.turns is not None and base.turns.run == new.turns.run
+
+
 def compare(
-    base: Result, new: Result, gate: Gate, *, names: tuple[str, str] = ("base", "new"), paired: bool = False
+    base: Result, new: Result, gate: Gate, *, names: tuple[str, str] = ("base", "new"), paired: bool | None = None
 ) -> Comparison:
     """Compare two results case by case.
 
     The unit is the process: a case with one process on a side has a ratio, but no interval, and is inconclusive.
-    `paired`: the processes of a case were measured in turns, the i-th of both sides together. A case regressed or
+    `paired`: the processes of a case were measured in turns, the i-th of both sides together; by default that holds
+    for the sides of one `bsprof ab`, whose cases belong together whatever their settings. A case regressed or
     improved where the 95 % interval of new / base lies beyond the threshold, after Holm's correction for how many
-    figures decide (for phases: how many the case has), and is unchanged where the interval lies within.
+    figures decide (for phases: how many the case has), and is unchanged where the interval lies within. Where batch
+    sizes differ it is samples a second that decide, and phases are told a sample.
     Raises KeyError for a metric of the gate that there is not.
     """
+    one_run = are_one_run(base, new)
+    how = _How(one_run if paired is None else paired, one_run and base.turns is not None and base.turns.together)
     metrics = {key: find_metric(key) for key in ("step", *gate.metrics)}
     differences = environment_differences(base.environment, new.environment)
     refused = [one for one in differences if one.name in MACHINE and one.name not in gate.allow]
+    if one_run:
+        base, new = _whole_pairs(base, new)
     before, after = ({case.case.key: case for case in summarise(result)} for result in (base, new))
+    if one_run and len(before) == len(after) == 1:
+        after = dict(zip(before, after.values(), strict=True))
     both = [key for key in before if before[key].ok and key in after and after[key].ok]
-    facing = [] if refused else [_facing(before[key], after[key], metrics, gate, paired) for key in both]
+    facing = [] if refused else [_facing(before[key], after[key], metrics, gate, how) for key in both]
     cases = tuple(_decided(facing))
     return Comparison(
         base=names[0],
         new=names[1],
-        paired=paired,
+        paired=how.paired,
         gate=gate,
         verdict=worst([case.verdict for case in cases] or ["incomparable"]),
         differences=tuple(map(str, differences)),
@@ -225,6 +244,20 @@ def compare(
         missing=tuple(_absences(before, after)),
         added=tuple(_absences(after, before)),
     )
+
+
+def _whole_pairs(base: Result, new: Result) -> tuple[Result, Result]:
+    """Return both sides without what has figures on one of them only; failures stay."""
+    well = [{one.case.process for one in side.measurements if one.outcome.kind == "ok"} for side in (base, new)]
+    whole = well[0] & well[1]
+    base, new = (
+        msgspec.structs.replace(
+            side,
+            measurements=[one for one in side.measurements if one.outcome.kind != "ok" or one.case.process in whole],
+        )
+        for side in (base, new)
+    )
+    return base, new
 
 
 def _absences(here: Mapping[str, CaseSummary], there: Mapping[str, CaseSummary]) -> Iterator[Absence]:
@@ -269,6 +302,15 @@ class _Figure(NamedTuple):
         )
 
 
+class _How(NamedTuple):
+    """How the processes of both sides belong together."""
+
+    paired: bool
+    """The i-th of both were measured in turns."""
+    in_turns: bool
+    """The i-th of both are one process."""
+
+
 class _Facing(NamedTuple):
     """A case on both sides, before it is decided upon."""
 
@@ -279,27 +321,31 @@ class _Facing(NamedTuple):
     phases: list[_Figure]
 
 
-def _facing(base: CaseSummary, new: CaseSummary, metrics: Mapping[str, Metric], gate: Gate, paired: bool) -> _Facing:
+def _facing(base: CaseSummary, new: CaseSummary, metrics: Mapping[str, Metric], gate: Gate, how: _How) -> _Facing:
     refused = list(_conditions(base, new))
     if refused:
         return _Facing(base, new, refused, [], [])
     step = _threshold(gate, base.case)
+    batches = tuple(case.readings[0].samples.batch_size or 1 for case in (base, new))
+    if batches[0] != batches[1]:
+        metrics = {"throughput": find_metric("throughput"), **{k: m for k, m in metrics.items() if k != "step"}}
     gated = [
         figure
         for key, metric in metrics.items()
-        if (figure := _figure(metric, base, new, gate.metrics.get(key, step), paired)) is not None
+        if (figure := _figure(metric, base, new, gate.metrics.get(key, step), how)) is not None
     ]
     phases = []
     for phase in order_phases([*base.phases, *new.phases]):
         if max(case.value(f"{phase}.share") or 0.0 for case in (base, new)) >= JUDGED:
-            phases.append(_figure(find_metric(f"{phase}.time"), base, new, step, paired))
+            phases.append(_figure(find_metric(f"{phase}.time"), base, new, step, how, batches))
     return _Facing(base, new, refused, gated, [figure for figure in phases if figure is not None])
 
 
 def _conditions(base: CaseSummary, new: CaseSummary) -> Iterator[str]:
     for name in CONDITIONS:
         before, after = (getattr(case.facts, name, None) for case in (base, new))
-        if before != after:
+        asked = {getattr(case.settings, name, None) for case in (base, new)}
+        if before != after and len(asked) == 1:  # else that is what is compared
             yield str(Difference(name, _show(before), _show(after)))
 
 
@@ -312,13 +358,48 @@ def _threshold(gate: Gate, case: Case) -> float:
     return fitting[-1] if fitting else gate.threshold
 
 
-def _figure(metric: Metric, base: CaseSummary, new: CaseSummary, threshold: float, paired: bool) -> _Figure | None:
-    """Return a metric on both sides, or None where a side has none, or no positive one: nothing has no ratio."""
+def _figure(
+    metric: Metric,
+    base: CaseSummary,
+    new: CaseSummary,
+    threshold: float,
+    how: _How,
+    batches: tuple[int, ...] = (1, 1),
+) -> _Figure | None:
+    """Return a metric on both sides, or None where a side has none, or no positive one: nothing has no ratio.
+
+    Where `batches` differ it is told a sample.
+    """
     before, after = (_values(metric, case.readings) for case in (base, new))
     if not before or not after or min(*before, *after) <= 0:
         return None
-    ratio = stats.change(after, before, paired=paired and len(before) == len(after))
+    if how.in_turns and len(before) == len(base.readings) == len(after) == len(new.readings):
+        ratios = [_ratio_in_turns(metric, *both) for both in zip(base.readings, new.readings, strict=True)]
+        after = [b if ratio is None else a * ratio for a, b, ratio in zip(before, after, ratios, strict=True)]
+    if batches[0] != batches[1]:
+        metric = metric._replace(label=f"{metric.label} a sample")
+        before, after = ([one / batch for one in side] for side, batch in zip((before, after), batches, strict=True))
+    ratio = stats.change(after, before, paired=how.paired and len(before) == len(after))
     return _Figure(metric, stats.between(before).value, stats.between(after).value, ratio, threshold)
+
+
+def _ratio_in_turns(metric: Metric, base: Reading, new: Reading) -> float | None:
+    """Return new / base of a time, or of samples a second, from turns that were neighbours; None for another metric.
+
+    The median over the turns of the ratio of both sides' mean steps. What slows the machine for longer than a turn is
+    in neither, where the ratio of the two medians has all of it.
+    """
+    phase, _, kind = metric.key.rpartition(".")
+    if metric.key not in ("step", "throughput") and kind != "time":
+        return None
+    sides = [side.turns(phase or None) for side in (base, new)]
+    ratios: list[float] = [b / a for a, b in zip(*sides, strict=False) if a and b]
+    if not ratios:
+        return None
+    ratio = statistics.median(ratios)
+    if metric.key == "throughput":
+        return (new.samples.batch_size or 1) / (base.samples.batch_size or 1) / ratio
+    return ratio
 
 
 def _values(metric: Metric, readings: Sequence[Reading]) -> list[float]:
@@ -371,7 +452,7 @@ def _notes(base: CaseSummary, new: CaseSummary) -> Iterator[Note]:
     texts = {note.code: note.text for side in (new, base) for note in side.notes}
     for code in texts:
         counts = [sum(any(n.code == code for n in one.notes) for one in side.measurements) for side in (base, new)]
-        if counts[0] != counts[1]:
+        if counts[0] != counts[1] or code in DISTURBANCES:
             yield Note(
                 code=code,
                 text=f"in {counts[0]} of {len(base.measurements)} processes of the base and {counts[1]} of "

@@ -36,7 +36,7 @@ def run(request: Request) -> int:
     """Compare, print, and return the exit code."""
     gate = _gate(request)
     comparison = compare(read(request.base), read(request.new), gate, names=(str(request.base), str(request.new)))
-    _print(comparison, request.format)
+    show(comparison, request.format)
     return exit_code(comparison)
 
 
@@ -128,7 +128,8 @@ def _allowed(place: str, names: Sequence[str]) -> list[str]:
 # --- how it is said ---------------------------------------------------------------------------------
 
 
-def _print(comparison: Comparison, output_format: Format) -> None:
+def show(comparison: Comparison, output_format: Format) -> None:
+    """Print a comparison; in a workflow of GitHub's also into its summary."""
     match output_format:
         case "rich":
             report.render(comparison, terminal.console())

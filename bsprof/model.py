@@ -562,6 +562,38 @@ class Ceilings(Noun, frozen=True, kw_only=True):
     wall_s: float | None = None
 
 
+class Turns(Noun, frozen=True, kw_only=True):
+    """One of two sides that were measured in turns: process i of both makes pair i."""
+
+    run: str
+    """The same in the results of both sides, and in no other's."""
+    side: Literal["a", "b"]
+    name: str
+    """As it was asked for."""
+    together: bool
+    """Whether both took turns in one process, else each had processes of its own."""
+    threshold: float
+    effect: float
+    """Change, beyond the threshold, that the number of pairs was chosen to find."""
+    pilot: int
+    """Pairs by whose scatter the number was chosen."""
+    asked: int
+    """Pairs that it takes; fewer were measured where the budget ended before."""
+
+
+class NoiseFloor(Noun, frozen=True, kw_only=True):
+    """How far a thing differed from itself on this machine: thresholds below cannot be told from noise."""
+
+    identity: str
+    """A hash of the hardware and software, as in Ceilings."""
+    created: str
+    together: bool
+    """Whether both sides took turns in one process, else each had processes of its own."""
+    floor: float
+    """The farther end of the 95 % interval of b / a, less 1."""
+    pairs: int
+
+
 class Result(Noun, frozen=True, kw_only=True):
     """A whole sweep, reproducible from this file alone."""
 
@@ -576,6 +608,8 @@ class Result(Noun, frozen=True, kw_only=True):
     loader: LoaderRequest | None = None
     """What `bsprof loader` was asked."""
     verifications: list[Verification] = []
+    turns: Turns | None = None
+    """Where this is one side of `bsprof ab`."""
     ceilings: Ceilings | None = None
     wall_s: float | None = None
     notes: tuple[Note, ...] = ()

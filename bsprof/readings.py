@@ -120,6 +120,26 @@ class Reading:
         rows = zip(told.time_ns, told.device[column], strict=False)  # a sampler may be cut off
         return [value for at, value in rows if value is not None and 0 <= at <= told.window_ns]
 
+    def turns(self, phase: str | None = None) -> list[float | None]:
+        """Return the mean seconds of a step, or of one phase, in each instrumented block; None where none is steady.
+
+        Steps and phases are told on the primary clock.
+        """
+        samples = self.samples
+        if phase is None:
+            times = samples.step_ns if samples.device_step_ns is None else samples.device_step_ns
+        else:
+            times = (samples.host_ns if samples.device_ns is None else samples.device_ns)[phase]
+        means: list[float | None] = []
+        first = 0
+        for block in samples.blocks:
+            if block.kind == "instrumented":
+                steps = range(first, first + block.steps)
+                steady = [times[step] for step in steps if step < len(times) and self._steady[step]]
+                means.append(statistics.fmean(steady) * 1e-9 if steady else None)
+                first += block.steps
+        return means
+
     @cached_property
     def distortion(self) -> Estimate | None:
         """What recording adds to a step, as a fraction: instrumented / bare - 1, over neighbouring blocks."""

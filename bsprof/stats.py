@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Not scipy.stats: it takes ten times as long to import, and `bsprof show` has to start at once.
-from scipy.special import betainc, ndtri, stdtr, stdtrit
+from scipy.special import betainc, chdtri, ndtri, stdtr, stdtrit
 
 Numbers: TypeAlias = Sequence[float] | NDArray[Any]
 
@@ -302,6 +302,19 @@ def pairs_needed(scatter: float, effect: float, threshold: float, power: float =
     while pairs < (_reach(pairs - 1, power) * ratio) ** 2:
         pairs += 1
     return pairs
+
+
+def upper_deviation(values: Numbers, sure: float) -> float:
+    """Return the one-sided upper bound of the standard deviation: the true one is below with probability `sure`.
+
+    s sqrt((n - 1) / q), q being the 1 - `sure` quantile of chi-square with n - 1 degrees of freedom, for values that
+    are normally distributed. Raises ValueError for fewer than two values and for values that are not finite.
+    """
+    numbers = _checked(values)
+    if numbers.size < 2:
+        raise ValueError("one value has no scatter")
+    freedom = numbers.size - 1
+    return float(numbers.std(ddof=1)) * math.sqrt(freedom / float(chdtri(freedom, sure)))
 
 
 def holm(chances: Sequence[float]) -> list[float]:

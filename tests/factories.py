@@ -54,6 +54,14 @@ class Perceptron(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
 
 
+class Laborious(Perceptron):
+    """Computes more than its result needs: its steps take several times as long."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch.tanh(torch.ones(200_000))
+        return super().forward(images)
+
+
 class Unordered(Perceptron):
     """Writes to one place twice: which value stays is left open."""
 

@@ -111,37 +111,9 @@ def measure(
     """
     run = CaseRun(case, plan, cache, emit, trace, watch)
     entered_ns = host_clock()
-    outcome = Outcome(kind="ok")
-    kills_before = cgroup.oom_kills() or 0
-    try:
+    with run.failing():
         run.go(requested_ns, entered_ns)
-    except BaseException as error:  # a user's code may call sys.exit() as well
-        abandon(error)
-        oom_kills = (cgroup.oom_kills() or 0) - kills_before
-        outcome = classify(error, running_phase(run.stages, error) or run.stage, oom_kills=oom_kills)
-    samples = None
-    try:
-        samples = run.samples()
-    except Exception as error:
-        # After an asynchronous fault of the device even reading what it timed may fail.
-        if outcome.kind == "ok":
-            outcome = classify(error, run.stage)
-    startup = msgspec.structs.replace(run.startup, process_ns=entered_ns - requested_ns)
-    return Measurement(
-        case=case,
-        outcome=outcome,
-        wall_s=0.0,
-        inside_s=(host_clock() - entered_ns) / 1e9,
-        facts=run.facts,
-        startup=startup,
-        samples=samples,
-        serialised=run.serialised,
-        memory=run.memory,
-        profile=run.profile,
-        telemetry=run.telemetry,
-        loading=run.loading,
-        notes=tuple(run.notes),
-    )
+    return run.measurement(requested_ns, entered_ns)
 
 
 class CaseRun:
@@ -151,6 +123,8 @@ class CaseRun:
         self, case: Case, plan: Plan, cache: Path, emit: Emit, trace: Path | None, watch: Watch | None = None
     ) -> None:
         assert case.settings is not None
+        self.case = case
+        self.outcome = Outcome(kind="ok")
         self._watch = watch
         self.trace = trace
         self.settings, self.plan, self.cache, self.emit = case.settings, plan, cache, emit
@@ -163,7 +137,7 @@ class CaseRun:
         self._data: Data | None = None
         self._device = present_device()
         self._device_clock: DeviceClock | None = device_clock(self._device)
-        self._on_device = self._device.type != "cpu" or self._device_clock is not None
+        self.on_device = self._device.type != "cpu" or self._device_clock is not None
         self._tape = Tape(device_clock=self._device_clock)
         self._blocks: list[Block] = []
         self._block_stamps: list[tuple[int, int]] = []
@@ -199,6 +173,42 @@ class CaseRun:
         assert self._training is not None
         return self._training
 
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Turn whatever the block raises into the outcome."""
+        kills_before = cgroup.oom_kills() or 0
+        try:
+            yield
+        except BaseException as error:  # a user's code may call sys.exit() as well
+            abandon(error)
+            oom_kills = (cgroup.oom_kills() or 0) - kills_before
+            self.outcome = classify(error, running_phase(self.stages, error) or self.stage, oom_kills=oom_kills)
+
+    def measurement(self, requested_ns: int, entered_ns: int) -> Measurement:
+        """Return what is known of the case; `entered_ns` is when this process came to it."""
+        samples = None
+        try:
+            samples = self.samples()
+        except Exception as error:
+            # After an asynchronous fault of the device even reading what it timed may fail.
+            if self.outcome.kind == "ok":
+                self.outcome = classify(error, self.stage)
+        return Measurement(
+            case=self.case,
+            outcome=self.outcome,
+            wall_s=0.0,
+            inside_s=(host_clock() - entered_ns) / 1e9,
+            facts=self.facts,
+            startup=msgspec.structs.replace(self.startup, process_ns=entered_ns - requested_ns),
+            samples=samples,
+            serialised=self.serialised,
+            memory=self.memory,
+            profile=self.profile,
+            telemetry=self.telemetry,
+            loading=self.loading,
+            notes=tuple(self.notes),
+        )
+
     def go(self, requested_ns: int, entered_ns: int) -> None:
         """Run all stages. The case's time counts from `entered_ns`, less its first step: a compiler may run there."""
         if self.plan.host_memory_bytes is not None:
@@ -207,14 +217,14 @@ class CaseRun:
         with self._stage("build"):
             if self.plan.largest_batch is not None:
                 memory.withhold(self._device, self.plan.largest_batch.margin)
-            self._build()
+            self.build()
         try:
             with self._stage("warmup"):
                 if self.plan.telemetry_hz:
                     self._sampler = telemetry.record(self._device, self.plan.telemetry_hz, self._recording)
-                self._start()
+                self.start()
                 end_ns = entered_ns + self._warmup_ns[0] + round(self.plan.stop.max_case_time_s * 1e9)
-                self._warm_up(host_clock() + round((end_ns - host_clock()) * WARMUP_SHARE))
+                self.warm_up(host_clock() + round((end_ns - host_clock()) * WARMUP_SHARE))
             with self._stage("measure"):
                 self._measure(end_ns)
                 self._timed = self._read()
@@ -240,7 +250,8 @@ class CaseRun:
         self.emit(name, len(self._step_ns), None)
         yield
 
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Build the data, the model and the optimizer, under the switches that the case asks for."""
         settings = self.settings
         start = host_clock()
         malloc_state = malloc.pin() if self.plan.malloc == "pinned" else "default"
@@ -271,7 +282,7 @@ class CaseRun:
             clock="host" if self._device_clock is None else "host and device",
         )
         self.startup = msgspec.structs.replace(self.startup, build_ns=host_clock() - start)
-        if self._on_device and self._device_clock is None:
+        if self.on_device and self._device_clock is None:
             self._note(
                 "no_device_clock",
                 f"{self._device.type} has no timing events here: phases are host times, and the device may lag behind",
@@ -279,7 +290,7 @@ class CaseRun:
         if samples is not None and samples < settings.batch_size:
             self._note("small_dataset", f"a batch of {settings.batch_size} repeats the {samples} samples there are")
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Start the workers and take the first, cold step apart: its batch, then the whole of it."""
         before = host_clock()
         self.training.start()
@@ -289,13 +300,13 @@ class CaseRun:
         fetched = host_clock()
         for _, run in rest:
             run()
-        self._settle()
+        self.settle()
         self._warmup_ns.append(host_clock() - started)
         self.startup = msgspec.structs.replace(
             self.startup, iterator_ns=started - before, first_batch_ns=fetched - started
         )
 
-    def _warm_up(self, end_ns: int) -> None:
+    def warm_up(self, end_ns: int) -> None:
         """Step until the step time is steady, or until `end_ns`.
 
         At least `workers * prefetch + 1` steps: so many batches were prepared before the first one was used.
@@ -307,7 +318,7 @@ class CaseRun:
         while True:
             start = host_clock()
             run_block(self._stages, 1, scratch)
-            self._settle()
+            self.settle()
             now = host_clock()
             self._warmup_ns.append(now - start)
             recent = sorted(self._warmup_ns[-5:])[len(self._warmup_ns[-5:]) // 2]
@@ -326,10 +337,10 @@ class CaseRun:
         stop = self.plan.stop
         end_ns -= self._inspection_ns()[0] + round(self._watched_s * 1e9)
         size = self._block_size(end_ns)
-        if self._on_device:
+        if self.on_device:
             # While events are made the device runs dry: before it is given work, not inside the first block.
             self._tape.reserve(size * len(self.stages) + 1)
-            fits = (end_ns - host_clock()) // self._recent_step_ns()
+            fits = (end_ns - host_clock()) // self.recent_step_ns()
             run_block(self._stages, max(min(LEAD_IN, fits // 4), size), None)
         self._memory.begin()
         window = CounterWindow()
@@ -338,7 +349,7 @@ class CaseRun:
         while True:
             size = min(size, stop.max_steps - len(self._step_ns))
             for kind in ("instrumented", "bare") if pair % 2 == 0 else ("bare", "instrumented"):
-                self._run_block(kind, size)
+                self.take_block(kind, size)
             pair += 1
             seen = self._seen_step_ns()
             precision = _precision(seen)
@@ -348,11 +359,11 @@ class CaseRun:
             # A host that is far ahead has given the device work beyond this moment: as many bare steps as these.
             # A try for the largest batch has to survive all its steps; the parent's deadline ends it.
             queued = 0 if self.plan.largest_batch else 2 * max(0, steps - len(seen) - 1)
-            if precise or steps >= stop.max_steps or host_clock() + queued * self._recent_step_ns() > end_ns:
+            if precise or steps >= stop.max_steps or host_clock() + queued * self.recent_step_ns() > end_ns:
                 break
         window.close()
         self._memory.end()
-        self._settle()
+        self.settle()
         if not precise:  # on steps that the device had not passed yet as well
             precision = _precision(self._seen_step_ns())
             precise = precision is not None and precision <= stop.precision
@@ -366,22 +377,40 @@ class CaseRun:
             first, last = self._block_stamps[0][0], self._block_stamps[-1][1]
             begin_ns = max(begin_ns, done_ns - self._device_clock.span_ns(first, last))
         self._read_telemetry(begin_ns, done_ns)
+        self.conclude(window.counters(), window.notes(torch.get_num_threads()))
+
+    def conclude(self, counters: Counters, notes: Sequence[Note]) -> None:
+        """Keep what was counted while the steady steps ran, and what was in force then."""
         assert self.facts is not None
         self.facts = msgspec.structs.replace(
             self.facts, backends=backends.in_force(), batch_bytes=self.training.batch_bytes()
         )
-        self._counters = window.counters()
-        self.notes.extend(window.notes())
+        self._counters = counters
+        self.notes.extend(notes)
+        steps = sum(block.steps for block in self._blocks)
+        self.notes.extend(malloc.fault_notes(counters, steps, pinned=self.facts.malloc.startswith("pinned")))
         loss = self.training.loss()
         if loss is not None and not math.isfinite(loss):
             self._note("loss_not_finite", f"the loss was {loss} at the end")
+
+    def resume(self) -> None:
+        """Make what this case asks of the whole process hold again, after another case had it."""
+        assert self.facts is not None
+        if torch.get_num_threads() != self.facts.threads:
+            torch.set_num_threads(self.facts.threads)
+        backends.configure(self.settings)
+
+    def run_bare(self, steps: int) -> None:
+        """Take steps that are not timed."""
+        run_block(self._stages, steps, None)
 
     def _seen_step_ns(self) -> list[int]:
         """Return the steps timed so far; where the device has a clock those that it has passed. Never waits."""
         passed = self._tape.passed_step_ns()
         return self._step_ns if passed is None else passed
 
-    def _run_block(self, kind: str, size: int) -> None:
+    def take_block(self, kind: str, size: int) -> None:
+        """Take a block of steps, with marks (`instrumented`) or `bare`."""
         first, events = len(self._tape), self._device_clock
         self._tape.reserve(size * len(self.stages) + 1)
         before = events.stamp() if events else 0
@@ -398,7 +427,7 @@ class CaseRun:
 
     def _block_size(self, end_ns: int) -> int:
         """Return steps a block: a small share of the time left, whole rounds of the workers where they fit."""
-        size = round((end_ns - host_clock()) * BLOCK_SHARE / self._recent_step_ns())
+        size = round((end_ns - host_clock()) * BLOCK_SHARE / self.recent_step_ns())
         size = min(LARGEST_BLOCK, max(1, size), max(1, self.plan.stop.max_steps // 4))
         workers = max(1, self.settings.workers)
         whole_rounds = -(-size // workers) * workers
@@ -459,7 +488,7 @@ class CaseRun:
         """Return what is looked at after the timed window: its name, the steps that it asks for, and the look."""
         plan = self.plan
         looks: list[tuple[str, int, Callable[[int], None]]] = []
-        if self._on_device and plan.serialised_steps:
+        if self.on_device and plan.serialised_steps:
             looks.append(("memory by phase", MEMORY_STEPS, partial(self._memory.measure_phases, self.stages)))
             looks.append(("serialised window", plan.serialised_steps, self._serialise))
         if plan.profile_steps:
@@ -467,13 +496,14 @@ class CaseRun:
             looks.append(("profiler window", plan.profile_steps, self._profile))  # last: it stays attached to CUDA
         return looks
 
-    def _recent_step_ns(self) -> int:
+    def recent_step_ns(self) -> int:
+        """Return the time of a step at the end of the warm-up."""
         recent = sorted(self._warmup_ns[-SMALLEST_WINDOW:])
         return max(1, recent[len(recent) // 2])
 
     def _inspection_ns(self) -> tuple[int, int]:
         """Return the time to leave for what is looked at after the timed window, and what all of it would take."""
-        wanted = sum(steps + 1 for _, steps, _ in self._looks()) * self._recent_step_ns()
+        wanted = sum(steps + 1 for _, steps, _ in self._looks()) * self.recent_step_ns()
         return min(wanted, round(self.plan.stop.max_case_time_s * 1e9 * INSPECTION_SHARE)), wanted
 
     def _inspect(self) -> None:
@@ -500,7 +530,7 @@ class CaseRun:
         return self.plan.stop.max_case_time_s * WATCH_SHARE[self.plan.diagnose]
 
     def _serialise(self, steps: int) -> None:
-        self.serialised = run_serialised(self._stages, steps, self._settle)
+        self.serialised = run_serialised(self._stages, steps, self.settle)
 
     def _count_flops(self, steps: int) -> None:
         assert self.facts is not None
@@ -553,7 +583,7 @@ class CaseRun:
         if self._marking:
             self._epoch_marks.append(len(self._tape))
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for the device: in the warm-up, where a cold step's whole cost is asked, and after the timed window."""
         wait_for(self._device)
 

@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,9 +75,12 @@ class CounterWindow:
         first, last = self._process, self._closed()[1]
         return Counters(**{name: getattr(last, name) - getattr(first, name) for name in _Process._fields})
 
-    def notes(self) -> list[Note]:
-        """Return the signs that the window's numbers are not this program's alone. Closes the window if it is open."""
-        return contention_notes(self._machine, self._closed()[0])
+    def notes(self, threads: int | None = None) -> list[Note]:
+        """Return the signs that the window's numbers are not this program's alone. Closes the window if it is open.
+
+        `threads` is how many this program computes with.
+        """
+        return contention_notes(self._machine, self._closed()[0], threads)
 
     def _closed(self) -> tuple[Machine, _Process]:
         if self._end is None:
@@ -84,14 +89,33 @@ class CounterWindow:
         return self._end
 
 
-def contention_notes(before: Machine, after: Machine) -> list[Note]:
+class TurnCounter:
+    """Counts for this process alone over windows between which it does something else."""
+
+    def __init__(self) -> None:
+        self._sums = _Process(*(0 for _ in _Process._fields))
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Count what the block does."""
+        first = _read_process()
+        yield
+        last = _read_process()
+        self._sums = _Process(*(sum_ + b - a for sum_, a, b in zip(self._sums, first, last, strict=True)))
+
+    def counters(self) -> Counters:
+        """Return what was counted so far."""
+        return Counters(**self._sums._asdict())
+
+
+def contention_notes(before: Machine, after: Machine, threads: int | None = None) -> list[Note]:
     """Return a note for each sign that others, or a limit, slowed the time between two readings.
 
     `cpu_contended`: others kept cores busy. `cpu_oversubscribed`: processes waited for cores, and not because of
     others: this program has more runnable threads than cores. `steal`: the hypervisor gave cores to other guests.
     `cpu_quota`: the control group's quota ran out. Each text carries the figure; what is not counted gives no note.
     """
-    return [*_waiting(before, after), *_steal(before, after), *_quota(before, after)]
+    return [*_waiting(before, after, threads), *_steal(before, after), *_quota(before, after)]
 
 
 def machine_use(before: Machine, after: Machine, cores: float) -> MachineUse:
@@ -114,7 +138,7 @@ def _pressure_share(before: Machine, after: Machine) -> float | None:
     return waited / wall if waited is not None and wall > 0 else None
 
 
-def _waiting(before: Machine, after: Machine) -> list[Note]:
+def _waiting(before: Machine, after: Machine, threads: int | None) -> list[Note]:
     pressure = _pressure_share(before, after)
     pressed = pressure is not None and pressure >= PRESSURE_SHARE
     told = f"; something runnable waited for a core {pressure:.0%} of the time" if pressure is not None else ""
@@ -125,6 +149,12 @@ def _waiting(before: Machine, after: Machine) -> list[Note]:
             text = (
                 f"other programs kept {busy_elsewhere:.2f} of {cores:.0f} cores busy while this case was measured{told}"
             )
+            free = cores - busy_elsewhere
+            if threads is not None and threads > max(1.0, free):
+                text += (
+                    f"; {threads} threads had {free:.1f} cores, and an operation is done when the slowest of them is: "
+                    f"fewer threads ({max(1, int(free))}) lose less"
+                )
             return [Note(code="cpu_contended", text=text)]
         if pressed:
             text = (

@@ -9,10 +9,22 @@ steady step takes next to no faults.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
+import statistics
+import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from bsprof.model import Counters
+from bsprof.noun import Note
+
+FAULT_SHARE = 0.05
+"""Part of a step that minor page faults must take to be worth a word: as much as a gate is to find."""
+
+_FAULTED_PAGES = 512
+"""Touched to learn what a fault costs: 2 MiB, some milliseconds at the most."""
 
 # malloc.h's numbers for mallopt(3)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -46,6 +58,47 @@ def pin() -> str:
     if refused:
         return f"default (mallopt refused {', '.join(refused)})"
     return "pinned: " + " ".join(f"{name}={value}" for name, (_, value) in PINNED.items())
+
+
+def fault_cost_ns() -> float:
+    """Return what a minor page fault costs in this process now: the first touch of a page of fresh memory, a median."""
+    costs = []
+    for _ in range(5):
+        with mmap.mmap(-1, _FAULTED_PAGES * mmap.PAGESIZE) as memory:
+            if hasattr(mmap, "MADV_NOHUGEPAGE"):
+                memory.madvise(mmap.MADV_NOHUGEPAGE)  # else the first touch may bring all of them
+            begun = time.perf_counter_ns()
+            for place in range(0, len(memory), mmap.PAGESIZE):
+                memory[place] = 1
+            cold = time.perf_counter_ns()
+            for place in range(0, len(memory), mmap.PAGESIZE):
+                memory[place] = 2
+            costs.append((cold - begun - (time.perf_counter_ns() - cold)) / _FAULTED_PAGES)
+    return max(0.0, statistics.median(costs))
+
+
+def fault_notes(counters: Counters, steps: int, *, pinned: bool) -> list[Note]:
+    """Return a note where minor page faults took a share of the steps that is worth a word, with the figures behind it.
+
+    `counters` are of `steps` steps. Faults in threads that work at the same time take less of the step than is said.
+    """
+    if not steps or counters.wall_ns <= 0 or counters.minor_faults < _FAULTED_PAGES:
+        return []
+    cost_ns = fault_cost_ns()
+    share = counters.minor_faults * cost_ns / counters.wall_ns
+    if share < FAULT_SHARE:
+        return []
+    cure = (
+        ""
+        if pinned
+        else ": freed memory goes back to the kernel and is taken anew. MALLOC_MMAP_THRESHOLD_=1073741824 "
+        "MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=67108864 in the environment keep it (glibc)"
+    )
+    text = (
+        f"{counters.minor_faults / steps:,.0f} minor page faults a step at {cost_ns / 1e3:.2g} us each here, about "
+        f"{share:.0%} of the step{cure}"
+    )
+    return [Note(code="page_faults", text=text)]
 
 
 def _replaced_by(libraries: Iterable[str]) -> str | None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from bsprof import stats, store
-from bsprof.measure import environment
+from bsprof.measure import environment, malloc
 from bsprof.measure.clock import DeviceClock, HostClock, device_clock, host_clock, present_device
 from bsprof.measure.counters import CounterWindow
 from bsprof.measure.tape import OTHER, Steps, Tape, cost_per_step_ns
@@ -111,7 +111,8 @@ class Recorder:
         if self._window is not None:
             self._window.close()
             counters = self._window.counters()
-            notes.extend(self._window.notes())
+            notes.extend(self._window.notes(torch.get_num_threads()))
+            notes.extend(malloc.fault_notes(counters, len(host.step_ns), pinned=False))
         warm_host, warm_device = _from(host, cold), device and _from(device, cold)
         samples = Samples(
             batch_size=self.batch_size,
@@ -152,8 +153,14 @@ class Recorder:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `result()` to `path` (.json or .json.gz); `bsprof show` prints it."""
-        store.save(self.result(), Path(path))
+        """Write `result()` to `path` (.json or .json.gz); `bsprof show` prints it.
+
+        A copy goes where the environment variable BSPROF_RESULT says: `bsprof ab` reads it from there.
+        """
+        result = self.result()
+        store.save(result, Path(path))
+        if copy := os.environ.get("BSPROF_RESULT"):
+            store.save(result, Path(copy))
 
 
 def _from(steps: Steps, first: int) -> Steps:

@@ -13,7 +13,7 @@ from bsprof.diagnosis import diagnose
 from bsprof.loader import measuring as watching
 from bsprof.loading import LoaderRequest
 from bsprof.measure import case as measuring
-from bsprof.measure import environment, rates, selftest
+from bsprof.measure import environment, pair, rates, selftest
 from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
@@ -27,6 +27,13 @@ class CaseRequest(msgspec.Struct):
     case: Case
     plan: Plan
     trace: str | None = None
+
+
+class PairRequest(msgspec.Struct):
+    """Two cases that are measured in turns, and what of a plan holds for them."""
+
+    cases: tuple[Case, Case]
+    plan: Plan
 
 
 class WatchRequest(msgspec.Struct):
@@ -91,6 +98,15 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
         found = diagnose(measurement.loading, predictions=request.plan.diagnose == "full")
         measurement = msgspec.structs.replace(measurement, diagnosis=found)
     return store.to_json(measurement)
+
+
+def measure_pair(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Measure the cases of a PairRequest."""
+    request = msgspec.json.decode(payload, type=PairRequest)
+    both = pair.measure(
+        request.cases, request.plan, cache=cache_dir(), requested_ns=requested_ns, emit=measuring.throttled(emit)
+    )
+    return store.to_json(both)
 
 
 def watch_loader(payload: bytes, requested_ns: int, emit: Emit) -> bytes:

@@ -1,4 +1,4 @@
-"""The process a case runs in: started from a fork server, watched, ended with all that it started."""
+"""The process a case runs in: started from a fork server or by exec, watched, ended with all that it started."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import get_temp_dir
@@ -95,6 +96,20 @@ class Death(NamedTuple):
     last_words: str
 
 
+class Interpreter(NamedTuple):
+    """What runs a child that is to share nothing with another one: a fresh start lays its memory out anew."""
+
+    python: str
+    """The executable."""
+    directory: str
+    """Where the child works, and where the user's modules are imported from before anywhere else."""
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables of such a child: its directory's modules go before what is installed."""
+        roots = [self.directory, str(Path(self.directory, "src")), os.environ.get("PYTHONPATH", "")]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
+
+
 class Reply(NamedTuple):
     """How a child ended: with a `value`, or with a `death`."""
 
@@ -110,23 +125,39 @@ def call(
     deadline_s: float | None = None,
     on_progress: Callable[[Progressed | None], None] = lambda _: None,
     stop: Interruption | None = None,
+    interpreter: Interpreter | None = None,
 ) -> Reply:
     """Call `target` ('module:function' of `(payload, emit) -> bytes`) in a process of its own and wait for it.
 
+    The process is forked from a server that has its imports already, or started anew by `interpreter`, if one is given.
     `on_progress` is called with each message, and with None once a second. Whatever happens, the child and every
     process that it started are gone when this returns. Raises KeyboardInterrupt when `stop` is requested meanwhile, and
     BsprofError and ChildError as the target raised them.
     """
     context = multiprocessing.get_context("forkserver")
-    directory = current_directory()
-    scratch = _start_server()
+    directory = interpreter.directory if interpreter else current_directory()
+    scratch = Path(tempfile.mkdtemp(prefix="bsprof-")) if interpreter else _start_server()
     ours, theirs = context.Pipe()
     started = time.perf_counter_ns()
-    process = context.Process(target=_enter, args=(theirs, target, payload, started, str(scratch), directory))
+    process: multiprocessing.process.BaseProcess | _Program
+    if interpreter:
+        arguments = [str(theirs.fileno()), target, str(started), str(scratch)]
+        process = _Program(
+            [interpreter.python, "-P", "-m", "bsprof.sweep.fresh", *arguments],
+            directory,
+            interpreter.variables(),
+            scratch / _LOG,
+            inherited=[theirs.fileno()],
+        )
+    else:
+        process = context.Process(target=_enter, args=(theirs, target, payload, started, str(scratch), directory))
     try:
         try:
             process.start()
             theirs.close()
+            if interpreter:
+                with contextlib.suppress(OSError):  # it has died already, which is seen below
+                    ours.send_bytes(payload)
             message = _await(process, ours, deadline_s, on_progress, stop)
         finally:
             _end(process)
@@ -135,6 +166,114 @@ def call(
         return Reply(*_understand(message, process.exitcode, scratch / _LOG, target), wall_s)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run(
+    command: Sequence[str],
+    interpreter: Interpreter,
+    variables: Mapping[str, str],
+    *,
+    deadline_s: float,
+    on_tick: Callable[[], None] = lambda: None,
+    stop: Interruption | None = None,
+) -> Reply:
+    """Run a Python program with that interpreter to its end; a `death` is told unless it ended well.
+
+    `variables` are added to its environment. `on_tick` is called once a second. Whatever happens, the program and every
+    process that it started are gone when this returns. Raises KeyboardInterrupt when `stop` is requested meanwhile.
+    """
+    with tempfile.TemporaryDirectory(prefix="bsprof-") as scratch:
+        log = Path(scratch, _LOG)
+        environment = {**interpreter.variables(), **variables}
+        program = _Program([interpreter.python, *command], interpreter.directory, environment, log)
+        started = time.perf_counter_ns()
+        end = time.monotonic() + deadline_s
+        timed_out = False
+        try:
+            program.start()
+            while program.exitcode is None and not timed_out:
+                program.wait(TICK_S, stop)
+                if stop and stop.requested:
+                    raise KeyboardInterrupt
+                on_tick()
+                timed_out = time.monotonic() >= end and program.exitcode is None
+        finally:
+            wall_s = (time.perf_counter_ns() - started) / 1e9
+            _end(program)
+        _, death = _understand(_TimedOut() if timed_out else None, program.exitcode, log, "")
+        return Reply(None, death if timed_out or program.exitcode else None, wall_s)
+
+
+class _Program:
+    """A program started by exec in a session of its own, in the shape of a multiprocessing process."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        directory: str,
+        variables: Mapping[str, str],
+        log: Path,
+        *,
+        inherited: Sequence[int] = (),
+    ) -> None:
+        self._command, self._directory, self._variables = list(command), directory, dict(variables)
+        self._log, self._inherited = log, tuple(inherited)
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._descriptor: int | None = None
+
+    def start(self) -> None:
+        """Start it; raises BsprofError where it cannot be."""
+        try:
+            with self._log.open("wb") as log:
+                self._popen = subprocess.Popen(
+                    self._command,
+                    cwd=self._directory,
+                    env=self._variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=self._inherited,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise BsprofError(f"{self._command[0]}: {error.strerror or error}", hint="is it a Python?") from error
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                self._descriptor = os.pidfd_open(self._popen.pid)
+
+    @property
+    def pid(self) -> int | None:
+        return self._popen.pid if self._popen else None
+
+    @property
+    def sentinel(self) -> int | None:
+        """What becomes readable when it ends; None where the system has no such thing, and it must be asked."""
+        return self._descriptor
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._popen.poll() if self._popen else None
+
+    def wait(self, timeout: float, stop: Interruption | None) -> None:
+        """Return when it has ended, a stop was asked for, or the time is up."""
+        assert self._popen is not None
+        if self._descriptor is not None:
+            wait([self._descriptor, *([stop.fileno()] if stop else [])], timeout)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(timeout)
+
+    def join(self, timeout: float | None = None) -> None:
+        if self._popen:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(timeout)
+        if self._descriptor is not None and self.exitcode is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def kill(self) -> None:
+        if self._popen:
+            self._popen.kill()
 
 
 def current_directory() -> str:
@@ -184,7 +323,7 @@ class _TimedOut(NamedTuple):
 
 
 def _await(
-    process: multiprocessing.process.BaseProcess,
+    process: multiprocessing.process.BaseProcess | _Program,
     pipe: Connection,
     deadline_s: float | None,
     on_progress: Callable[[Progressed | None], None],
@@ -192,7 +331,9 @@ def _await(
 ) -> _Messages | _TimedOut | None:
     """Return the child's last message, or None when it died without one."""
     end = None if deadline_s is None else time.monotonic() + deadline_s
-    awaited: list[Connection | int] = [pipe, process.sentinel, *([stop.fileno()] if stop else [])]
+    awaited: list[Connection | int] = [pipe, *([stop.fileno()] if stop else [])]
+    if process.sentinel is not None:
+        awaited.append(process.sentinel)
     while True:
         timeout = TICK_S if end is None else min(TICK_S, max(0.0, end - time.monotonic()))
         ready = wait(awaited, timeout)
@@ -215,7 +356,7 @@ def _await(
             return _TimedOut()
 
 
-def _end(process: multiprocessing.process.BaseProcess) -> None:
+def _end(process: multiprocessing.process.BaseProcess | _Program) -> None:
     """End the child's whole session: its workers, and whatever they started."""
     if process.pid is None:
         return
@@ -224,7 +365,7 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
     if process.exitcode is None:
         # It may not have reached setsid yet.
         process.kill()
-        process.join()
+    process.join()
 
 
 def _understand(
@@ -256,9 +397,17 @@ def _last_words(log: Path) -> str:
 # --- in the child -----------------------------------------------------------------------------------
 
 
+def enter_fresh(handle: int, target: str, requested_ns: int, scratch: str) -> None:
+    """Be the child that an interpreter was started for: the question comes through the pipe that it inherited."""
+    pipe = Connection(handle)
+    os.set_inheritable(handle, False)
+    _enter(pipe, target, pipe.recv_bytes(), requested_ns, scratch, str(Path.cwd()))
+
+
 def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scratch: str, directory: str) -> None:
     """Run `target` in a session of its own and end when the parent does; output and temporary files go to `scratch`."""
-    os.setsid()
+    if os.getsid(0) != os.getpid():
+        os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if pipe.poll():  # a parent sends nothing, so this is its end: it left before the fork server came to this child
         os._exit(0)
@@ -275,7 +424,7 @@ def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scr
     os.close(handle)
     if directory not in sys.path:
         sys.path.insert(0, directory)
-    threading.Thread(target=_outlive_nobody, args=(pipe,), daemon=True).start()
+    threading.Thread(target=_outlive_nobody, args=(pipe, scratch), daemon=True).start()
 
     def say(message: Message) -> None:
         pipe.send_bytes(store.to_json(message))
@@ -297,8 +446,9 @@ def _enter(pipe: Connection, target: str, payload: bytes, requested_ns: int, scr
     os._exit(0)
 
 
-def _outlive_nobody(pipe: Connection) -> None:
+def _outlive_nobody(pipe: Connection, scratch: str) -> None:
     """Wait for the parent's end of the pipe to close, as it does even when the parent is killed; then end all."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv_bytes()
+    shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

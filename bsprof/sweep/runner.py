@@ -14,7 +14,7 @@ from bsprof.errors import BsprofError
 from bsprof.loading import LoaderRequest
 from bsprof.model import Case, Ceilings, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
-from bsprof.sweep.process import ChildError, Death, Progressed, call, current_directory
+from bsprof.sweep.process import ChildError, Death, Interpreter, Progressed, call, current_directory
 
 LAST_WORDS = 200
 """Characters of what a dying process said last that its outcome repeats."""
@@ -144,6 +144,20 @@ def _measure(
     stop: Interruption,
 ) -> Measurement:
     """Return the Measurement that a function of the child's gives, or what can be said of the child's death."""
+    (measurement,) = measure_all(function, question, (case,), deadline_s, on_progress, stop)
+    return measurement
+
+
+def measure_all(
+    function: str,
+    question: object,
+    cases: Sequence[Case],
+    deadline_s: float,
+    on_progress: Callable[[Progressed | None], None],
+    stop: Interruption,
+    interpreter: Interpreter | None = None,
+) -> tuple[Measurement, ...]:
+    """Return what a function of the child's measures of each case, or what can be said of the child's death."""
     kills_before = cgroup.oom_kills()
     stage = "starting"
 
@@ -154,18 +168,27 @@ def _measure(
         on_progress(message)
 
     started = time.monotonic()
-    payload = store.to_json(question)
     try:
-        reply = call(f"bsprof.sweep.child:{function}", payload, deadline_s=deadline_s, on_progress=heard, stop=stop)
+        reply = call(
+            f"bsprof.sweep.child:{function}",
+            store.to_json(question),
+            deadline_s=deadline_s,
+            on_progress=heard,
+            stop=stop,
+            interpreter=interpreter,
+        )
     except ChildError as error:
         outcome = Outcome(kind="error", message=error.text, traceback=error.trace, phase=stage)
-        return Measurement(case=case, outcome=outcome, wall_s=time.monotonic() - started)
+        wall_s = time.monotonic() - started
+        return tuple(Measurement(case=case, outcome=outcome, wall_s=wall_s) for case in cases)
     if reply.value is not None:
-        return msgspec.structs.replace(msgspec.json.decode(reply.value, type=Measurement), wall_s=reply.wall_s)
+        found = msgspec.json.decode(reply.value, type=Measurement | tuple[Measurement, ...])
+        told = found if isinstance(found, tuple) else (found,)
+        return tuple(msgspec.structs.replace(one, wall_s=reply.wall_s) for one in told)
     assert reply.death is not None
     oom_kills = (cgroup.oom_kills() or 0) - (kills_before or 0)
     outcome = death_outcome(reply.death, stage, deadline_s, oom_kills)
-    return Measurement(case=case, outcome=outcome, wall_s=reply.wall_s)
+    return tuple(Measurement(case=case, outcome=outcome, wall_s=reply.wall_s) for case in cases)
 
 
 def death_outcome(death: Death, stage: str, deadline_s: float, oom_kills: int) -> Outcome:
@@ -222,12 +245,14 @@ def watch_loader(
     return _measure("watch_loader", question, Case(key="loader"), deadline_s + GRACE_S, heard, stop)
 
 
-def describe_environment(directory: str | None = None) -> Environment:
+def describe_environment(directory: str | None = None, *, interpreter: Interpreter | None = None) -> Environment:
     """Return the Environment of this machine, with the git commit of `directory`, by default the current one.
 
-    It is collected in a child, so that this process never loads torch.
+    It is collected in a child, so that this process never loads torch; another `interpreter` tells of its own software.
     """
-    return msgspec.json.decode(_ask("describe", directory or current_directory()), type=Environment)
+    return msgspec.json.decode(
+        _ask("describe", directory or current_directory(), interpreter=interpreter), type=Environment
+    )
 
 
 def check_names(all_settings: Sequence[Settings], plan: Plan) -> None:
@@ -235,9 +260,9 @@ def check_names(all_settings: Sequence[Settings], plan: Plan) -> None:
     _ask("check_names", {"settings": list(all_settings), "plan": plan})
 
 
-def prepare(all_settings: Sequence[Settings], plan: Plan) -> None:
+def prepare(all_settings: Sequence[Settings], plan: Plan, *, interpreter: Interpreter | None = None) -> None:
     """Check every name and make every data set, before anything is timed. Raises BsprofError."""
-    _ask("prepare", {"settings": list(all_settings), "plan": plan})
+    _ask("prepare", {"settings": list(all_settings), "plan": plan}, interpreter=interpreter)
 
 
 def catalogue() -> list[tuple[str, str, str]]:
@@ -271,9 +296,11 @@ def _ask(
     *,
     on_progress: Callable[[Progressed | None], None] = lambda _: None,
     stop: Interruption | None = None,
+    interpreter: Interpreter | None = None,
 ) -> bytes:
     """Return the answer of a function of the child's, or raise BsprofError when it died."""
-    reply = call(f"bsprof.sweep.child:{function}", store.to_json(question), on_progress=on_progress, stop=stop)
+    target = f"bsprof.sweep.child:{function}"
+    reply = call(target, store.to_json(question), on_progress=on_progress, stop=stop, interpreter=interpreter)
     if reply.value is None:
         assert reply.death is not None
         how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"

@@ -1,0 +1,1 @@
+"""How often `bsprof ab` cries wolf, and how small a slow-down it finds."""
