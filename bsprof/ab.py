@@ -204,7 +204,7 @@ def _kind(flag: str, word: str, request: Request) -> Kind:
         kind: Kind = "script" if request.script and not word else "settings"
     elif path.is_dir():
         kind = "code"
-    elif Path(shlex.split(word)[0]).suffix == ".py" and Path(shlex.split(word)[0]).is_file():
+    elif (program := next(iter(_words(flag, word)), "")).endswith(".py") and Path(program).is_file():
         kind = "script"
     elif path.is_file():
         kind = "python"
@@ -222,6 +222,14 @@ def _kind(flag: str, word: str, request: Request) -> Kind:
             f"{flag} {word}: {_KINDS[kind]} beside a script to run", hint="a script is run by commits, folders, Pythons"
         )
     return kind
+
+
+def _words(flag: str, text: str) -> tuple[str, ...]:
+    """Return a command line's words, as a shell would."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise BsprofError(f"{flag} {text}: {str(error).lower()}", hint="quotes come in pairs") from None
 
 
 def _here() -> Interpreter:
@@ -271,7 +279,7 @@ def _sides(
     plan = _plan(request)
     found = []
     for flag, word, interpreter in zip(("--a", "--b"), words, interpreters, strict=True):
-        script = request.script or (tuple(shlex.split(word)) if kind == "script" else ())
+        script = request.script or (_words(flag, word) if kind == "script" else ())
         if script:
             if given:
                 flag = "--" + next(iter(given)).replace("_", "-")

@@ -251,6 +251,7 @@ def test_a_stopped_run_keeps_its_pairs_and_leaves_nobody(tmp_path):
         ((), "--a: missing"),
         (("--a", "batch_size=2"), "--b: missing"),
         (("--a", "batch_size=2", "--b", "nothing-of-that-name"), "--b nothing-of-that-name: neither settings"),
+        (("--a", "batch_size=2", "--b", "it's"), "--b it's: no closing quotation"),
         (("--a", "batch_size=2", "--b", "bathc_size=2"), "there is no axis 'bathc_size'"),
         (("--a", "batch_size=2", "--b", "batch_size=two"), "--b batch_size: expected a whole number, got 'two'"),
         (("--a", "batch_size=2", "--b", "batch_size=2"), "are the same"),
