@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -42,13 +42,20 @@ def run(directory: Path, *arguments: str, prefix: Sequence[str] = ()) -> subproc
     return done
 
 
-def ended(pids: Sequence[int], within_s: float = 15.0) -> bool:
+def eventually(holds: Callable[[], bool], within_s: float = 15.0) -> bool:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
-        if not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        if holds():
             return True
         time.sleep(0.05)
     return False
+
+
+def ended(pids: Sequence[int], within_s: float = 15.0) -> bool:
+    return eventually(
+        lambda: not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"],
+        within_s,
+    )
 
 
 def only_result(directory: Path) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -240,6 +241,59 @@ def test_a_stopped_run_keeps_its_pairs_and_leaves_nobody(tmp_path):
     assert commands.ended(children)
     a, b = (store.load(tmp_path / "kept" / name) for name in ("a.json", "b.json"))
     assert len(a.measurements) == len(b.measurements) >= 1
+
+
+HANGS = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path("pid").write_text(str(child.pid))
+time.sleep(600)
+"""
+
+
+def test_a_script_past_its_deadline_is_ended_with_all_that_it_started(tmp_path):
+    (tmp_path / "good.py").write_text("")
+    (tmp_path / "hangs.py").write_text(HANGS)
+    done = commands.run(tmp_path, "ab", "--a", "good.py", "--b", "hangs.py", "--deadline", "3")
+    assert done.returncode == Exit.INCOMPARABLE
+    assert "failed: timeout: still in run after 3 s; ended with all its processes" in done.stderr
+    assert commands.ended([int((tmp_path / "pid").read_text())])
+
+
+def test_no_interpreter_outlives_a_killed_parent(tmp_path):
+    """Sides in processes of their own, as `--a workers=0 --b workers=1` has them."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    sides = ("--a", "workers=0", "--b", "workers=1", "--seconds", "60")
+    command = subprocess.Popen(
+        commands.command("ab", *PERCEPTRON, *sides),
+        cwd=tmp_path,
+        env=commands.surroundings(TMPDIR=str(scratch)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    fresh: list[int] = []
+
+    def started() -> bool:
+        for child in psutil.Process(command.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "bsprof.sweep.child:measure" in child.cmdline():
+                    fresh.append(child.pid)
+        return bool(fresh)
+
+    assert commands.eventually(started, within_s=120)
+    command.kill()
+    command.wait()
+    assert commands.ended(fresh)
+
+
+def test_no_script_outlives_a_killed_parent(tmp_path):
+    (tmp_path / "one.py").write_text("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)\n")
+    command = commands.start(tmp_path, "ab", "--aa", "--a", "one.py")
+    assert commands.eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), within_s=120)
+    command.kill()
+    command.communicate()
+    assert commands.ended([int((tmp_path / "pid").read_text())])
 
 
 # --- what is refused ----------------------------------------------------------------------------------

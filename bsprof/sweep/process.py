@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import getpass
 import importlib
 import multiprocessing
@@ -204,6 +205,16 @@ def run(
         return Reply(None, death if timed_out or program.exitcode else None, wall_s)
 
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent has ended, even by SIGKILL; Linux alone can (prctl(2))."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class _Program:
     """A program started by exec in a session of its own, in the shape of a multiprocessing process."""
 
@@ -234,6 +245,8 @@ class _Program:
                     stderr=log,
                     pass_fds=self._inherited,
                     start_new_session=True,
+                    # Who has a pipe of ours sees our end by it, and cleans up.
+                    preexec_fn=None if self._inherited else _die_with_parent,
                 )
         except OSError as error:
             raise BsprofError(f"{self._command[0]}: {error.strerror or error}", hint="is it a Python?") from error

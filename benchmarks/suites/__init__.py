@@ -1,0 +1,1 @@
+"""bsprof's own speed as pytest-benchmark suites: `pytest benchmarks/suites`."""
