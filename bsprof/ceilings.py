@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import platformdirs
 
-from bsprof.errors import BsprofError
-from bsprof.files import write_whole
+from bsprof import cache
 from bsprof.model import Ceilings, Environment, Facts, Settings
 
 # --- kept under the hardware's identity -------------------------------------------------------------
@@ -38,33 +36,19 @@ def identity(environment: Environment) -> str:
 
 def path_of(identity: str) -> Path:
     """Return where the ceilings of `identity` are kept: a file in the user's cache."""
-    return platformdirs.user_cache_path("bsprof") / "ceilings" / f"{identity}.json"
+    return cache.place("ceilings", f"{identity}.json")
 
 
 def cached(environment: Environment) -> Ceilings | None:
-    """Return the ceilings kept for this hardware and software, or None. A damaged file is as good as none."""
+    """Return the ceilings kept for this hardware and software, or None."""
     name = identity(environment)
-    try:
-        kept = msgspec.json.decode(path_of(name).read_bytes(), type=Ceilings)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return kept if kept.identity == name else None
+    kept = cache.read(path_of(name), Ceilings)
+    return kept if kept and kept.identity == name else None
 
 
 def keep(ceilings: Ceilings) -> Path:
-    """Write `ceilings` where `cached` finds them, whole or not at all, and return the path.
-
-    Raises BsprofError where that cannot be written.
-    """
-    path = path_of(ceilings.identity)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, msgspec.json.encode(ceilings))
-    except OSError as error:
-        raise BsprofError(
-            f"{path}: {error.strerror or error}", hint="set XDG_CACHE_HOME to a folder that can be written and has room"
-        ) from error
-    return path
+    """Write `ceilings` where `cached` finds them and return the path. Raises BsprofError where that cannot be done."""
+    return cache.write(path_of(ceilings.identity), ceilings)
 
 
 # --- which of them binds a step ---------------------------------------------------------------------

@@ -19,6 +19,7 @@ FLOORS = {
     "model": 0,
     "noun": 0,
     "store": 0,
+    "cache": 0,
     "errors": 0,
     "files": 0,
     "attribution": 1,

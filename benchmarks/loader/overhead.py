@@ -2,11 +2,11 @@
 
     python -m benchmarks.loader.overhead [--rounds N] [--json FILE]
 
-(a) CPU seconds that workers add for each batch and each sample, on samples that cost nothing: workers with and without
-the probe, in random order in one process; each for few and for many batches, whose difference leaves out the start of
-a worker; at two batch sizes, which tell a batch's cost from a sample's. A batch's first sample computes for a fixed CPU
-time, so that the worker never waits: how often it slept and was woken would be measured otherwise. (b) The throughput
-of samples that take 1 ms. (c) After the block every attribute of the patched libraries is the object that it was, and a
+(a) CPU time that a worker adds for each batch and each sample, on samples that cost nothing: one process that fetches and
+pickles as a worker does, a few batches with the probe and a few without, in turns of some milliseconds; at two batch
+sizes, which tell a batch's cost from a sample's. A batch's first sample computes for a fixed CPU time, so that caches
+are as cold for the probe as beside real work. (Two workers, one of them watched, tell it to 30 us where processors are
+shared: what being woken costs scatters by more than the probe takes.) (b) The throughput of samples that take 1 ms. (c) After the block every attribute of the patched libraries is the object that it was, and a
 loop costs what it costs in a process that has never watched. Medians over interleaved rounds with 95 % intervals.
 Nothing else may run meanwhile.
 """
@@ -14,16 +14,18 @@ Nothing else may run meanwhile.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
+import math
 import multiprocessing
 import random
-import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,10 +33,12 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from scipy.special import stdtrit
+from torch.utils.data import DataLoader, Dataset, _DatasetKind
 
 from benchmarks.loader.faults import spin
 from bsprof import stats
+from bsprof.loader.worker import start_worker
 from bsprof.sweep.runner import describe_environment
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +46,8 @@ BATCH_LIMIT_US, SAMPLE_LIMIT_NS, SLOWDOWN_LIMIT = 10.0, 200.0, 1.01
 OFF_LIMIT = 1.005
 """The same code in two processes: what its interval must reach down to."""
 BATCH_S = 0.3e-3
-FEW, MANY = 500, 4500
-"""Batches of a run for (a)."""
+TURN, TURNS, WARM_UP = 8, 1500, 50
+"""Batches of a turn, turns of either kind in a process, and those before, in which the probe finds its rhythm."""
 SIZES = (1, 65)
 """Samples a batch for (a)."""
 ROUNDS, AFTER_PAIRS = 25, 15
@@ -122,20 +126,7 @@ def probed(run: Callable[[], float]) -> float:
         return run()
 
 
-# --- (a) CPU time in the workers --------------------------------------------------------------------
-
-
-def worker_cpu_s(batches: int, size: int, *, watched: bool) -> float:
-    """Return the CPU seconds of a worker that makes so many batches, its start and its end among them."""
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-
-    def run() -> float:
-        return consume(loader_of(batches, size, cpu_s=BATCH_S, every=size))
-
-    probed(run) if watched else run()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+# --- (a) CPU time in a worker -----------------------------------------------------------------------
 
 
 class WorkerCost(NamedTuple):
@@ -145,26 +136,61 @@ class WorkerCost(NamedTuple):
     sample_ns: stats.Estimate
 
 
-def worker_cost(rounds: int, many: int = MANY) -> WorkerCost:
-    order = random.Random(0)
-    kinds = [(batches, size, watched) for batches in (FEW, many) for size in SIZES for watched in (False, True)]
-    batch_us, sample_ns = [], []
-    for _ in range(rounds):
-        seconds = {kind: worker_cpu_s(kind[0], kind[1], watched=kind[2]) for kind in order.sample(kinds, len(kinds))}
-        added = {
-            size: (
-                seconds[many, size, True]
-                - seconds[FEW, size, True]
-                - seconds[many, size, False]
-                + seconds[FEW, size, False]
-            )
-            / (many - FEW)
-            for size in SIZES
-        }
-        sample_s = (added[SIZES[1]] - added[SIZES[0]]) / (SIZES[1] - SIZES[0])
-        sample_ns.append(1e9 * sample_s)
-        batch_us.append(1e6 * (added[SIZES[0]] - SIZES[0] * sample_s))
-    return WorkerCost(stats.median(batch_us), stats.median(sample_ns))
+def worker_cost(rounds: int, turns: int = TURNS) -> WorkerCost:
+    """Return what watching adds to each batch and to each sample: means over `rounds` processes of so many turns."""
+    added_s = {size: [_in_a_child(size, turns) for _ in range(rounds)] for size in SIZES}
+    few, many = SIZES
+    sample_s = [(b - a) / (many - few) for a, b in zip(added_s[few], added_s[many], strict=True)]
+    batch_s = [a - few * sample for a, sample in zip(added_s[few], sample_s, strict=True)]
+    return WorkerCost(_mean(batch_s, 1e6), _mean(sample_s, 1e9))
+
+
+def _mean(values: list[float], scale: float) -> stats.Estimate:
+    """Return the mean with Student's t interval between processes: costs may be less than nothing by chance."""
+    n, mean = len(values), statistics.fmean(values) * scale
+    if n < 2:
+        return stats.Estimate(mean, None, None, n, float(n))
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) * scale / math.sqrt(n)
+    return stats.Estimate(mean, mean - half, mean + half, n, float(n))
+
+
+def _in_a_child(size: int, turns: int) -> float:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        child = context.Process(target=_take_turns, args=(size, turns, folder, theirs))
+        child.start()
+        theirs.close()
+        try:
+            seconds: float = ours.recv()
+        finally:
+            child.join()
+    return seconds
+
+
+def _take_turns(size: int, turns: int, folder: str, pipe: Any) -> None:
+    """Send the CPU seconds that watching adds to a batch: fetched and pickled with it and without it, in turns."""
+    data = Small(size, BATCH_S, every=size)
+    indices = list(range(size))
+    arguments = (data, True, count_of, False)
+    plain_dumps = ForkingPickler.dumps
+    plain = _DatasetKind.create_fetcher(_DatasetKind.Map, *arguments)
+    start_worker(folder, 0, None, 0)
+    watched_dumps = ForkingPickler.dumps
+    watched = _DatasetKind.create_fetcher(_DatasetKind.Map, *arguments)
+
+    def turn(fetcher: Any, dumps: Callable[[Any], Any]) -> int:
+        begun = time.thread_time_ns()
+        for number in range(TURN):
+            dumps((number, fetcher.fetch(indices)))
+        return time.thread_time_ns() - begun
+
+    spent = {False: 0, True: 0}
+    for number in range(-WARM_UP, turns):
+        for is_watched in (False, True) if number % 2 else (True, False):
+            ns = turn(watched, watched_dumps) if is_watched else turn(plain, plain_dumps)
+            spent[is_watched] += ns if number >= 0 else 0
+    pipe.send((spent[True] - spent[False]) / (turns * TURN) / 1e9)
 
 
 # --- (b) throughput ---------------------------------------------------------------------------------
@@ -276,7 +302,7 @@ def main() -> None:
         return
     inside, still = left_behind()
     rows = [Row("attributes still replaced afterwards", len(still), None, None, 0, f"of {len(inside)}", not still)]
-    cost = worker_cost(arguments.rounds)
+    cost = worker_cost(max(2, arguments.rounds // 3))
     rows.append(row("worker CPU added, a batch", cost.batch_us, BATCH_LIMIT_US, "us"))
     rows.append(row("worker CPU added, a sample", cost.sample_ns, SAMPLE_LIMIT_NS, "ns"))
     rows.append(row("time with the probe / without, 1 ms a sample", slowdown(arguments.rounds), SLOWDOWN_LIMIT, "x"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 
 from benchmarks.compare_speed import made_up
+from bsprof import cache
 from bsprof.model import Plan, Result, Settings
 from bsprof.sweep.runner import describe_environment
 
@@ -22,7 +22,7 @@ def loader(workers: int, *, data: str = PICTURES, image_size: int = 64, batch_si
     from bsprof.workloads.registry import build_data, prepare_data
 
     settings = Settings(data=data, image_size=image_size, batch_size=batch_size, workers=workers)
-    request = data_request(settings, Plan(), platformdirs.user_cache_path("bsprof"))
+    request = data_request(settings, Plan(), cache.place())
     prepare_data(data, request)
     return build_loader(build_data(data, request), settings, seed=0, **more)
 

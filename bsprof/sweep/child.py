@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import platformdirs
 
-from bsprof import store
+from bsprof import cache, store
 from bsprof.diagnosis import diagnose
 from bsprof.loader import measuring as watching
 from bsprof.loading import LoaderRequest
@@ -53,7 +52,7 @@ class PrepareRequest(msgspec.Struct):
 
 def cache_dir() -> Path:
     """Return the folder for generated and downloaded data."""
-    return platformdirs.user_cache_path("bsprof")
+    return cache.place()
 
 
 def describe(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
