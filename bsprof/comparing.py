@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 def run(request: Request) -> int:
     """Compare, print, and return the exit code."""
-    gate = _gate(request)
+    gate = find_gate(Path.cwd(), threshold=request.threshold, strict=request.strict, allow=request.allow)
     comparison = compare(read(request.base), read(request.new), gate, names=(str(request.base), str(request.new)))
     show(comparison, request.format)
     return exit_code(comparison)
@@ -83,9 +83,14 @@ def read(path: Path) -> Result:
     return msgspec.structs.replace(results[0], measurements=[one for result in results for one in result.measurements])
 
 
-def _gate(request: Request) -> Gate:
-    """Return what the nearest pyproject.toml asks for, and the flags over it."""
-    upwards = (folder / "pyproject.toml" for folder in (Path.cwd(), *Path.cwd().parents))
+def find_gate(
+    folder: Path, *, threshold: float | None = None, strict: bool | None = None, allow: Sequence[str] = ()
+) -> Gate:
+    """Return what the nearest pyproject.toml from `folder` upwards asks for, and the flags over it.
+
+    Raises BsprofError that names the flag, or the file and the place in it.
+    """
+    upwards = (parent / "pyproject.toml" for parent in (folder, *folder.parents))
     place = next(filter(Path.is_file, upwards), None)
     gate = Gate() if place is None else store.load_gate(place)
     for key in gate.metrics:
@@ -97,15 +102,15 @@ def _gate(request: Request) -> Gate:
                 f"{place}: $.tool.bsprof.gate.cases[{index}].settings.{min(unknown)}: no such axis",
                 hint=f"axes are {', '.join(AXES)}",
             )
-    if request.threshold is not None:
-        if not 0 < request.threshold < 1:
-            raise BsprofError(f"--threshold: {request.threshold:g} is not between 0 and 1", hint="0.02 lets 2 % pass")
+    if threshold is not None:
+        if not 0 < threshold < 1:
+            raise BsprofError(f"--threshold: {threshold:g} is not between 0 and 1", hint="0.02 lets 2 % pass")
         # A flag is for this once: it goes before what the file says of single cases.
-        gate = msgspec.structs.replace(gate, threshold=request.threshold, cases=())
-    if request.strict is not None:
-        gate = msgspec.structs.replace(gate, strict=request.strict)
-    allow = _allowed("--allow", request.allow) or _allowed(f"{place}: $.tool.bsprof.gate.allow", gate.allow)
-    return msgspec.structs.replace(gate, allow=tuple(allow))
+        gate = msgspec.structs.replace(gate, threshold=threshold, cases=())
+    if strict is not None:
+        gate = msgspec.structs.replace(gate, strict=strict)
+    allowed = _allowed("--allow", allow) or _allowed(f"{place}: $.tool.bsprof.gate.allow", gate.allow)
+    return msgspec.structs.replace(gate, allow=tuple(allowed))
 
 
 def _check_metric(place: str, key: str) -> None:
