@@ -235,6 +235,11 @@ def show(result: Path) -> None:
 @click.option("--threshold", type=float, metavar="SHARE", help="Let the step change by this share. [0.02]")
 @click.option("--strict/--no-strict", default=None, help="Fail (4) where something could not be decided.")
 @click.option("--allow", multiple=True, metavar="NAME[,NAME]", help="Compare although this of the machine differs.")
+@click.option(
+    "--paired/--no-paired",
+    default=None,
+    help="The i-th process of both sides were measured in turns. [of the sides of `bsprof ab`]",
+)
 def compare(
     base: Path,
     new: Path,
@@ -242,6 +247,7 @@ def compare(
     threshold: float | None,
     strict: bool | None,
     allow: tuple[str, ...],
+    paired: bool | None,
 ) -> int:
     """Say what has changed from BASE to NEW, with intervals.
 
@@ -251,7 +257,7 @@ def compare(
     """
     from bsprof import comparing
 
-    return comparing.run(comparing.Request(base, new, output_format, threshold, strict, allow))
+    return comparing.run(comparing.Request(base, new, output_format, threshold, strict, allow, paired))
 
 
 @commands.command(cls=SweepCommand)

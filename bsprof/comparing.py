@@ -30,12 +30,14 @@ class Request(NamedTuple):
     threshold: float | None
     strict: bool | None
     allow: tuple[str, ...]
+    paired: bool | None = None
 
 
 def run(request: Request) -> int:
     """Compare, print, and return the exit code."""
     gate = find_gate(Path.cwd(), threshold=request.threshold, strict=request.strict, allow=request.allow)
-    comparison = compare(read(request.base), read(request.new), gate, names=(str(request.base), str(request.new)))
+    names = str(request.base), str(request.new)
+    comparison = compare(read(request.base), read(request.new), gate, names=names, paired=request.paired)
     show(comparison, request.format)
     return exit_code(comparison)
 

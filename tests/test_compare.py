@@ -518,6 +518,22 @@ def test_a_folder_is_one_side(capsys, monkeypatch, tmp_path):
     assert refused.value.exit_code is Exit.INCOMPARABLE
 
 
+def test_folders_whose_results_were_measured_in_turns_are_compared_pair_by_pair(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        slow_day = 1 + 0.4 * number  # what both sides of a pair have in common
+        for name, slower in (("base", 1.0), ("head", 1.1)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            one = side(0.01 * slow_day * slower, processes=1, seed=number)
+            store.save(one, tmp_path / name / f"{number}.json")
+    verdicts = {}
+    for flag in ("--paired", "--no-paired"):
+        run("base", "head", flag, "--format", "json")
+        found = json.loads(capsys.readouterr().out)
+        verdicts[flag] = (found["paired"], found["verdict"])
+    assert verdicts == {"--paired": (True, "regressed"), "--no-paired": (False, "inconclusive")}
+
+
 def test_json_holds_all_of_it(results, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run(*results(base=side(seed=1), new=side(0.012, seed=2)), "--format", "json")
