@@ -417,13 +417,15 @@ def _tell(
     failed = [one for pair in taken.pairs for one in pair if one.outcome.kind not in ("ok", "skipped")]
     for one in failed[:1]:
         hint = f"; {one.outcome.hint}" if one.outcome.hint else ""
-        notices.print(f"failed: {one.outcome.kind}: {one.outcome.message}{hint}", highlight=False, markup=False)
+        text = f"failed: {one.outcome.kind}: {one.outcome.message}{hint}"
+        notices.print(text, highlight=False, markup=False, soft_wrap=True)
     if len(taken.pairs) < taken.asked and not failed:
         why = "stopped by the user" if taken.interrupted else f"--budget {experiment.protocol.budget_s:g} ended"
         notices.print(
             f"{len(taken.pairs)} pairs, where the pilot's scatter asks for {taken.asked} to find "
             f"{percent(experiment.protocol.effect)}: {why}",
             highlight=False,
+            soft_wrap=True,
         )
     if not request.aa:
         known = "not known: `bsprof ab --aa` measures it" if floor is None else f"{percent(floor.floor)}"

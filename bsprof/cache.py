@@ -29,7 +29,7 @@ def read(path: Path, kind: type[Kept]) -> Kept | None:
 
 
 def write(path: Path, noun: Noun) -> Path:
-    """Keep `noun` at `path`, whole or not at all, and return the path. Raises BsprofError where it cannot be written."""
+    """Keep `noun` at `path`, whole or not at all, and return the path. Raises BsprofError where that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, msgspec.json.encode(noun))

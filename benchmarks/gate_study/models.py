@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 CHANNELS = 8
 AGAIN = {2: 1, 5: 3}
-"""Times that a batch is put through a function for nothing, so that a step takes about so many percent longer. What that
-really adds is what the study measures over all its runs."""
+"""Times that a batch is put through a function for nothing, so that a step takes about so many percent longer. What
+that really adds is what the study measures over all its runs."""
 
 
 class Network(nn.Module):

@@ -2,13 +2,13 @@
 
     python -m benchmarks.loader.overhead [--rounds N] [--json FILE]
 
-(a) CPU time that a worker adds for each batch and each sample, on samples that cost nothing: one process that fetches and
-pickles as a worker does, a few batches with the probe and a few without, in turns of some milliseconds; at two batch
-sizes, which tell a batch's cost from a sample's. A batch's first sample computes for a fixed CPU time, so that caches
-are as cold for the probe as beside real work. (Two workers, one of them watched, tell it to 30 us where processors are
-shared: what being woken costs scatters by more than the probe takes.) (b) The throughput of samples that take 1 ms. (c) After the block every attribute of the patched libraries is the object that it was, and a
-loop costs what it costs in a process that has never watched. Medians over interleaved rounds with 95 % intervals.
-Nothing else may run meanwhile.
+(a) CPU time that a worker adds for each batch and each sample, on samples that cost nothing: one process that fetches
+and pickles as a worker does, a few batches with the probe and a few without, in turns of some milliseconds; at two
+batch sizes, which tell a batch's cost from a sample's. A batch's first sample computes for a fixed CPU time, so that
+caches are as cold for the probe as beside real work. (Two workers, one of them watched, tell it to 30 us where
+processors are shared: what being woken costs scatters by more than the probe takes.) (b) The throughput of samples
+that take 1 ms. (c) After the block every attribute of the patched libraries is the object that it was, and a loop costs
+what it costs in a process that has never watched. With 95 % intervals. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from torch import Tensor
 from scipy.special import stdtrit
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, _DatasetKind
 
 from benchmarks.loader.faults import spin

@@ -19,7 +19,12 @@ def run(*words: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("-m", "bsprof", "--version"), ("-m", "bsprof", "bench", "--help"), ("-c", "import bsprof"), ("-c", "import torch")],
+    [
+        ("-m", "bsprof", "--version"),
+        ("-m", "bsprof", "bench", "--help"),
+        ("-c", "import bsprof"),
+        ("-c", "import torch"),
+    ],
     ids=["version", "help", "import", "import torch, for comparison"],
 )
 def test_command(words: tuple[str, ...], benchmark: Any) -> None:

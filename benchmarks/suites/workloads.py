@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
 from benchmarks.compare_speed import made_up
 from bsprof import cache
 from bsprof.model import Plan, Result, Settings
