@@ -39,7 +39,7 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def ab(tmp_path, monkeypatch, capsys):
-    """Return `bsprof ab`, run in this process in a folder of its own; what it keeps of the machine is its own as well."""
+    """Return `bsprof ab`, run in this process in a folder of its own, what it keeps of the machine included."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "140")
