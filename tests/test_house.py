@@ -29,6 +29,7 @@ FLOORS = {
     "diagnosis": 1,
     "evidence": 1,
     "findings": 1,
+    "history": 1,
     "metrics": 1,
     "readings": 1,
     "replay": 1,
@@ -44,6 +45,7 @@ FLOORS = {
     "comparing": 4,
     "diagnosing": 4,
     "pytest_plugin": 4,
+    "tracking": 4,
 }
 """The room, a module or a package right below `bsprof`, and the floor it is on."""
 

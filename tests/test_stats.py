@@ -12,6 +12,7 @@ from bsprof.stats import (
     between,
     change,
     effective_size,
+    fit_levels,
     fit_line,
     geometric_mean,
     is_steady,
@@ -306,7 +307,7 @@ def test_lists_and_arrays_of_ints_and_floats_are_alike(values):
 
 
 @pytest.mark.parametrize(
-    "call", [effective_size, median, middle, between, geometric_mean, lambda v: quantile(v, 0.5)]
+    "call", [effective_size, median, middle, between, geometric_mean, fit_levels, lambda v: quantile(v, 0.5)]
 )
 def test_nothing_and_nonsense_are_refused_in_plain_words(call):
     with pytest.raises(ValueError, match="no values"):
@@ -317,7 +318,7 @@ def test_nothing_and_nonsense_are_refused_in_plain_words(call):
 
 def test_what_has_no_logarithm_and_no_partner_is_refused():
     for values in ([0.0, 1.0], [-1.0, 1.0]):
-        for call in (between, geometric_mean, spread, lambda v: paired_ratio(v, [1, 1])):
+        for call in (between, geometric_mean, fit_levels, spread, lambda v: paired_ratio(v, [1, 1])):
             with pytest.raises(ValueError, match="positive"):
                 call(values)
     with pytest.raises(ValueError, match="got 2 and 3"):
@@ -424,6 +425,121 @@ def test_a_series_too_short_for_two_windows_is_not_steady():
     for ask in (is_steady, steady_from):
         with pytest.raises(ValueError, match="at least 2 steps"):
             ask([1, 1], window=1)
+
+
+# --- a history --------------------------------------------------------------------------------------
+
+
+def noise_of(name, series, size, seed=41):
+    """Return constant series of that many results each, with that noise around a level of 1."""
+    rng = np.random.default_rng(seed)
+    if name == "t3":
+        return np.exp(0.05 * rng.standard_t(3, (series, size)))
+    draw, truth = DISTRIBUTIONS[name]
+    return draw(rng, (series, size)) / truth
+
+
+def bounds(values):
+    return [segment.start for segment in fit_levels(values).segments[1:]]
+
+
+@pytest.mark.parametrize("size", [6, 8, 12, 20, 50])
+@pytest.mark.parametrize("name", ["lognormal", "AR(1) 0.3", "bimodal", "t3", "Pareto"])
+def test_noise_is_no_step(name, size):
+    """In at least 95 % of constant series; in two modes from 20 values on, below that see the next test."""
+    share = np.mean([bool(bounds(row)) for row in noise_of(name, 400, size)])
+    assert share <= (0.05 if name != "bimodal" or size >= 20 else 0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "low", "high"),
+    [("bimodal", 12, 0.04, 0.15), ("AR(1) 0.6", 12, 0.08, 0.18), ("AR(1) 0.6", 50, 0.15, 0.3)],
+)
+def test_where_noise_passes_for_a_step(name, size, low, high):
+    """Runs of one of two modes among few values, and slow swings: nothing in the figures tells them from steps."""
+    assert low <= np.mean([bool(bounds(row)) for row in noise_of(name, 400, size)]) <= high
+
+
+@pytest.mark.parametrize("name", ["lognormal", "AR(1) 0.3", "t3"])
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (6, 4), (20, 3), (20, 20), (60, 5)])
+def test_a_clear_step_is_found_at_its_place(name, before, after):
+    rows = np.log(noise_of(name, 200, before + after))
+    sigma = np.diff(np.quantile(rows, [0.16, 0.84]))[0] / 2
+    rows[:, before:] += 6 * sigma
+    found = [bounds(row) for row in np.exp(rows)]
+    assert np.mean([bool(one) for one in found]) >= 0.8
+    assert np.mean([before in one for one in found]) >= 0.78
+
+
+def test_levels_go_up_and_down_again():
+    shape = np.repeat([1.0, 1.2, 0.9, 1.0], [10, 3, 15, 20])
+    levels = fit_levels(shape * np.exp(0.01 * np.random.default_rng(43).standard_normal(48)))
+    assert [(part.start, part.stop) for part in levels.segments] == [(0, 10), (10, 13), (13, 28), (28, 48)]
+    assert levels.means == pytest.approx((1.0, 1.2, 0.9, 1.0), rel=0.02)
+    assert levels.change(1, 0).value == pytest.approx(levels.means[1] / levels.means[0])
+
+
+def test_without_noise_levels_are_exact():
+    levels = fit_levels([3.0] * 4 + [4.0] * 3 + [3.5] * 9)
+    assert [part.start for part in levels.segments] == [0, 4, 7]
+    assert levels.means == pytest.approx((3.0, 4.0, 3.5))
+    assert levels.change()[:3] == pytest.approx((3.5 / 4, 3.5 / 4, 3.5 / 4))
+
+
+def test_a_slow_drift_has_steps():
+    rng = np.random.default_rng(47)
+    for size in (12, 20, 40):
+        drifts = np.exp(np.arange(size) * math.log(1.01) + 0.003 * rng.standard_normal((200, size)))
+        levels = [fit_levels(row) for row in drifts]
+        assert np.mean([len(one.segments) > 1 for one in levels]) > 0.99
+        assert all(list(one.means) == sorted(one.means) for one in levels)
+
+
+@pytest.mark.parametrize("place", [0, 1, 7, 18, 19])
+@pytest.mark.parametrize("outlier", [0.1, 0.9, 1.5, 100.0])
+def test_one_outlier_is_no_step_and_hides_none(place, outlier):
+    rows = np.exp(0.01 * np.random.default_rng(53).standard_normal((100, 20)))
+    stepped = rows * np.repeat([1.0, 1.1], [12, 8])
+    rows[:, place] *= outlier
+    stepped[:, place] *= outlier
+    assert np.mean([bool(bounds(row)) for row in rows]) <= 0.05
+    assert np.mean([bounds(row) == [12] for row in stepped]) >= 0.9
+
+
+def test_the_interval_of_a_clear_step_covers_it_as_often_as_it_says():
+    rng = np.random.default_rng(59)
+    for before, after in ((4, 4), (20, 3), (20, 20)):
+        rows = np.exp(0.01 * rng.standard_normal((SERIES // 2, before + after))) * np.repeat(
+            [1.0, 1.1], [before, after]
+        )
+        found = [levels.change() for levels in map(fit_levels, rows) if len(levels.segments) == 2]
+        assert len(found) > 0.95 * len(rows)
+        assert 0.92 <= np.mean([covers(one, 1.1) for one in found]) <= 0.98
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from([0.5, 2.0, 1024.0]))
+def test_levels_have_no_unit_and_time_may_run_backwards(seed, size, factor):
+    rng = np.random.default_rng(seed)
+    values = np.exp(0.02 * rng.standard_normal(size) + 0.1 * (np.arange(size) >= size // 2))
+    levels, scaled, mirrored = fit_levels(values), fit_levels(factor * values), fit_levels(values[::-1])
+    assert scaled.segments == levels.segments
+    assert scaled.means == pytest.approx([factor * mean for mean in levels.means])
+    assert [size - part.stop for part in mirrored.segments[::-1]] == [part.start for part in levels.segments]
+    assert mirrored.means[::-1] == pytest.approx(levels.means)
+    assert [index for part in levels.segments for index in part] == list(range(size))
+    assert all(len(part) >= 3 for part in levels.segments) or len(levels.segments) == 1
+
+
+def test_few_values_and_equal_ones_have_one_level():
+    assert fit_levels([5.0]).segments == (range(1),)
+    assert fit_levels([5.0]).variance is None
+    assert fit_levels([5.0, 9.0]).segments == (range(2),)
+    assert fit_levels([1.0, 1.0, 9.0, 9.0, 9.0]).segments == (range(5),)
+    for size in (6, 30, 200):
+        assert fit_levels([0.3] * size).segments == (range(size),)
+        assert fit_levels([0.3] * (size // 2) + [0.3 * (1 + 1e-8)] * (size // 2)).segments == (range(size),)
+    with pytest.raises(IndexError):
+        fit_levels([5.0, 9.0]).change()
 
 
 # --- a line -----------------------------------------------------------------------------------------
