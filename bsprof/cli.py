@@ -369,3 +369,27 @@ def selftest() -> int:
     checks = check_clocks()
     terminal.render_selftest(checks, terminal.console())
     return Exit.DONE if all(check.passed for check in checks) else Exit.VERDICT
+
+
+@commands.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["rich", "markdown", "json"]),
+    default="rich",
+    help="A table for the terminal or for a page, or JSON. [rich]",
+)
+@click.option("--metric", default="step", help="Follow this metric of each case. [step]")
+@click.option("--threshold", type=float, default=0.02, metavar="SHARE", help="Let it drift by this share. [0.02]")
+def history(
+    results: tuple[Path, ...], output_format: Literal["rich", "markdown", "json"], metric: str, threshold: float
+) -> int:
+    """Say since when a case is slower, over many results.
+
+    RESULTS are results and folders of results of one machine, taken in the order in which they were measured. Exit code
+    0: nothing has drifted to the worse; 1: a case has, beyond the threshold; 3: they do not belong together.
+    """
+    from bsprof import tracking
+
+    return tracking.run(tracking.Request(results, output_format, metric, threshold))

@@ -10,7 +10,7 @@ import msgspec
 
 from bsprof import stats
 from bsprof.findings import JUDGED
-from bsprof.metrics import CaseSummary, Metric, Unit, find_metric, order_phases, point, summarise, varying_axes
+from bsprof.metrics import CaseSummary, Metric, Unit, find_metric, order_phases, summarise, varying_axes
 from bsprof.model import Accelerator, Case, Environment, Gate, Result
 from bsprof.noun import Note, Noun
 from bsprof.readings import Reading
@@ -380,7 +380,7 @@ def _figure(
         metric = metric._replace(label=f"{metric.label} a sample")
         before, after = ([one / batch for one in side] for side, batch in zip((before, after), batches, strict=True))
     ratio = stats.change(after, before, paired=how.paired and len(before) == len(after))
-    return _Figure(metric, stats.between(before).value, stats.between(after).value, ratio, threshold)
+    return _Figure(metric, stats.geometric_mean(before), stats.geometric_mean(after), ratio, threshold)
 
 
 def _ratio_in_turns(metric: Metric, base: Reading, new: Reading) -> float | None:
@@ -403,7 +403,7 @@ def _ratio_in_turns(metric: Metric, base: Reading, new: Reading) -> float | None
 
 
 def _values(metric: Metric, readings: Sequence[Reading]) -> list[float]:
-    return [point(value) for value in map(metric.compute, readings) if value is not None]
+    return [value for value in map(metric.compute, readings) if value is not None]
 
 
 def _decided(found: Sequence[_Facing]) -> Iterator[CaseComparison]:

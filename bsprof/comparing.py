@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +37,14 @@ class Request(NamedTuple):
 def run(request: Request) -> int:
     """Compare, print, and return the exit code."""
     gate = find_gate(Path.cwd(), threshold=request.threshold, strict=request.strict, allow=request.allow)
-    names = str(request.base), str(request.new)
-    comparison = compare(read(request.base), read(request.new), gate, names=names, paired=request.paired)
+    base, new = read(request.base), read(request.new)
+    # Hundreds of thousands of objects, and no cycle among them: the collector need not go through them again and again,
+    # which of a large comparison takes a third of the time.
+    gc.freeze()
+    try:
+        comparison = compare(base, new, gate, names=(str(request.base), str(request.new)), paired=request.paired)
+    finally:
+        gc.unfreeze()
     show(comparison, request.format)
     return exit_code(comparison)
 
@@ -65,13 +72,7 @@ def read(path: Path) -> Result:
 
     Raises BsprofError for what cannot be read, a folder without results, and results that differ in their environment.
     """
-    if not path.is_dir():
-        return store.load(path)
-    paths = sorted(one for one in path.iterdir() if one.name.endswith((".json", ".json.gz")) and one.is_file())
-    if not paths:
-        raise BsprofError(
-            f"{path}: no results there", hint="a result is a .json or .json.gz, written by `bsprof bench`"
-        )
+    paths = files_at(path)
     results = [store.load(one) for one in paths]
     for other, name in zip(results[1:], paths[1:], strict=True):
         differences = environment_differences(results[0].environment, other.environment)
@@ -83,6 +84,21 @@ def read(path: Path) -> Result:
                 exit_code=Exit.INCOMPARABLE,
             )
     return msgspec.structs.replace(results[0], measurements=[one for result in results for one in result.measurements])
+
+
+def files_at(path: Path) -> list[Path]:
+    """Return the results in a folder, by name; a path that is none is one result itself.
+
+    Raises BsprofError for a folder without results.
+    """
+    if not path.is_dir():
+        return [path]
+    paths = sorted(one for one in path.iterdir() if one.name.endswith((".json", ".json.gz")) and one.is_file())
+    if not paths:
+        raise BsprofError(
+            f"{path}: no results there", hint="a result is a .json or .json.gz, written by `bsprof bench`"
+        )
+    return paths
 
 
 def find_gate(

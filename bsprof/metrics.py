@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from bsprof.noun import Note
 from bsprof.readings import Reading, excess
 from bsprof.stats import Estimate
 
+Number = float | None
 Value = Estimate | float | None
 Unit = Literal["s", "1/s", "share", "count", "B", "J", "W", "MHz"]
 
@@ -37,11 +38,16 @@ def _between_excesses(values: list[float]) -> Estimate:
     return excess(stats.between([1 + value for value in values]))
 
 
-def _quantile(p: float, reading: Reading) -> Value:
+def _quantile(p: float, reading: Reading) -> Number:
     return float(stats.quantile(reading.step, p)) if reading.step.size else None
 
 
-def _throughput(reading: Reading) -> Value:
+def _throughput(reading: Reading) -> Number:
+    step, batch = reading.median_s, reading.samples.batch_size
+    return batch / step if batch is not None and step is not None and step > 0 else None
+
+
+def _throughput_within(reading: Reading) -> Estimate | None:
     step, batch = reading.median, reading.samples.batch_size
     if step is None or batch is None or step.value <= 0:
         return None
@@ -52,20 +58,20 @@ def _throughput(reading: Reading) -> Value:
     )
 
 
-def _other(reading: Reading) -> Value:
+def _other(reading: Reading) -> Number:
     return None if reading.mean is None else reading.mean - sum(reading.phases.values())
 
 
-def _hidden(reading: Reading) -> Value:
+def _hidden(reading: Reading) -> Number:
     wait, stall = reading.host.get("data"), reading.phases.get("data")
     return None if wait is None or stall is None else wait - stall
 
 
-def _of_mean_step(seconds: Value, reading: Reading) -> Value:
-    return float(seconds) / reading.mean if isinstance(seconds, float) and reading.mean else None
+def _of_mean_step(seconds: Number, reading: Reading) -> Number:
+    return float(seconds) / reading.mean if seconds is not None and reading.mean else None
 
 
-def _residual(reading: Reading) -> Value:
+def _residual(reading: Reading) -> Number:
     """Outside check: the blocks are timed by clock reads of their own, so phases must account for all of it."""
     samples = reading.samples
     blocks = [block for block in samples.blocks if block.kind == "instrumented"]
@@ -76,41 +82,41 @@ def _residual(reading: Reading) -> Value:
     return (wall - sum(map(sum, phases.values()))) / wall
 
 
-def _recorder(reading: Reading) -> Value:
+def _recorder(reading: Reading) -> Number:
     cost = reading.samples.recorder_ns_per_step
     return None if cost is None else cost * 1e-9
 
 
-def _recorder_share(reading: Reading) -> Value:
+def _recorder_share(reading: Reading) -> Number:
     cost = _recorder(reading)
-    return cost / reading.median.value if isinstance(cost, float) and reading.median and reading.median.value else None
+    return cost / reading.median_s if cost is not None and reading.median_s else None
 
 
-def _faults(reading: Reading) -> Value:
+def _faults(reading: Reading) -> Number:
     samples = reading.samples
     steps = sum(block.steps for block in samples.blocks) or len(samples.step_ns)
     return samples.counters.minor_faults / steps if samples.counters and steps else None
 
 
-def _warmup(reading: Reading) -> Value:
+def _warmup(reading: Reading) -> Number:
     return sum(reading.samples.warmup_ns) * 1e-9 if reading.samples.warmup_ns else None
 
 
-def _first_step(reading: Reading) -> Value:
+def _first_step(reading: Reading) -> Number:
     return reading.samples.warmup_ns[0] * 1e-9 if reading.samples.warmup_ns else None
 
 
-def _warmup_excess(reading: Reading) -> Value:
-    warmup, step = reading.samples.warmup_ns, reading.median
-    return sum(warmup) * 1e-9 - len(warmup) * step.value if warmup and step else None
+def _warmup_excess(reading: Reading) -> Number:
+    warmup, step = reading.samples.warmup_ns, reading.median_s
+    return sum(warmup) * 1e-9 - len(warmup) * step if warmup and step is not None else None
 
 
-def _startup(field: str, reading: Reading) -> Value:
+def _startup(field: str, reading: Reading) -> Number:
     ns = getattr(reading.startup, field) if reading.startup else None
     return None if ns is None else ns * 1e-9
 
 
-def _epoch_boundary(reading: Reading) -> Value:
+def _epoch_boundary(reading: Reading) -> Number:
     startup = reading.startup
     if startup is None or not startup.epoch_end_ns or not startup.epoch_start_ns:
         return None
@@ -121,63 +127,63 @@ def _epoch_boundary(reading: Reading) -> Value:
 # --- what the device did ---------------------------------------------------------------------------------
 
 
-def _serialised(reading: Reading) -> Value:
+def _serialised(reading: Reading) -> Number:
     return sum(reading.serialised.values()) if reading.serialised else None
 
 
-def _overlap(reading: Reading) -> Value:
+def _overlap(reading: Reading) -> Number:
     alone = sum(reading.serialised.values())
     return alone - reading.mean if reading.serialised and reading.mean is not None else None
 
 
-def _overlap_share(reading: Reading) -> Value:
+def _overlap_share(reading: Reading) -> Number:
     overlap, alone = _overlap(reading), sum(reading.serialised.values())
-    return overlap / alone if isinstance(overlap, float) and alone else None
+    return overlap / alone if overlap is not None and alone else None
 
 
-def _a_step(field: str, reading: Reading) -> Value:
+def _a_step(field: str, reading: Reading) -> Number:
     """Return a total of the profiler window, divided by its steps."""
     total = getattr(reading.profile, field) if reading.profile else None
     return total / reading.profile.steps if total is not None and reading.profile and reading.profile.steps else None
 
 
-def _busy(reading: Reading) -> Value:
+def _busy(reading: Reading) -> Number:
     ns = _a_step("busy_total_ns", reading)
-    return ns * 1e-9 if isinstance(ns, float) else None
+    return ns * 1e-9 if ns is not None else None
 
 
-def _busy_share(reading: Reading) -> Value:
+def _busy_share(reading: Reading) -> Number:
     profile = reading.profile
     if profile is None or profile.busy_total_ns is None or not profile.wall_ns:
         return None
     return profile.busy_total_ns / profile.wall_ns
 
 
-def _copying(reading: Reading) -> Value:
+def _copying(reading: Reading) -> Number:
     profile = reading.profile
     if profile is None or profile.busy_ns is None or not profile.steps:
         return None
     return sum(copy.ns for copy in profile.copies) * 1e-9 / profile.steps
 
 
-def _held(field: str, reading: Reading) -> Value:
+def _held(field: str, reading: Reading) -> Number:
     held = getattr(reading.memory, field) if reading.memory else None
     return None if held is None else float(held)
 
 
-def _fragmentation(reading: Reading) -> Value:
+def _fragmentation(reading: Reading) -> Number:
     memory = reading.memory
     if memory is None or memory.pool != "device" or not memory.reserved_peak:
         return None  # what a process has mapped and never touched is no fragmentation
     return 1 - memory.allocated_peak / memory.reserved_peak
 
 
-def _told(column: str, reading: Reading) -> Value:
+def _told(column: str, reading: Reading) -> Number:
     values = reading.during(column)
     return statistics.fmean(values) if values else None
 
 
-def _power(reading: Reading) -> Value:
+def _power(reading: Reading) -> Number:
     """Return the mean draw in watts, by the best that there is.
 
     The energy counter counts all the time. Readings are points in it, and `power_w` on A100 and H100 is the mean of
@@ -190,19 +196,19 @@ def _power(reading: Reading) -> Value:
     return _told("power_w", reading) if now is None else now
 
 
-def _energy(reading: Reading) -> Value:
+def _energy(reading: Reading) -> Number:
     energy = reading.telemetry.energy if reading.telemetry else None
     if energy is None or energy.joules is None or not energy.resolvable or not energy.steps:
         return None
     return energy.joules / energy.steps
 
 
-def _energy_per_sample(reading: Reading) -> Value:
+def _energy_per_sample(reading: Reading) -> Number:
     energy, batch = _energy(reading), reading.samples.batch_size
-    return energy / batch if isinstance(energy, float) and batch else None
+    return energy / batch if energy is not None and batch else None
 
 
-def _sampler(reading: Reading) -> Value:
+def _sampler(reading: Reading) -> Number:
     told = reading.telemetry
     if told is None or told.sampler_cpu_ns is None or len(told.time_ns) < 2:
         return None
@@ -217,7 +223,9 @@ class Metric(NamedTuple):
     """One derived quantity: how it is named, read, computed in one process, and combined over several.
 
     `across` says what the values of several processes become: an estimate whose unit of inference is the process,
-    a total, or by default the plain mean (for what may be zero or negative, and for context).
+    a total, or by default the plain mean (for what may be zero or negative, and for context). `within` is for what has
+    an interval inside a process: the same value with it. It is asked for only where there is no other process, because
+    it takes far longer than the value.
     """
 
     key: str
@@ -225,17 +233,36 @@ class Metric(NamedTuple):
     unit: Unit
     better: Literal["lower", "higher"] | None
     describe: str
-    compute: Callable[[Reading], Value]
+    compute: Callable[[Reading], Number]
     across: Callable[[list[float]], Value] = statistics.fmean
+    within: Callable[[Reading], Estimate | None] | None = None
 
 
 _METRICS = (
-    Metric("step", "step", "s", "lower", "median time of a steady step", lambda r: r.median, stats.between),
+    Metric(
+        "step",
+        "step",
+        "s",
+        "lower",
+        "median time of a steady step",
+        lambda r: r.median_s,
+        stats.between,
+        lambda r: r.median,
+    ),
     Metric("step_mean", "mean step", "s", "lower", "mean time of a steady step: phases + other", lambda r: r.mean),
     Metric("step_p10", "p10", "s", "lower", "10 % of steady steps are faster", partial(_quantile, 0.1)),
     Metric("step_p90", "p90", "s", "lower", "10 % of steady steps are slower", partial(_quantile, 0.9)),
     Metric("step_min", "min", "s", "lower", "the fastest steady step", partial(_quantile, 0.0)),
-    Metric("throughput", "samples/s", "1/s", "higher", "batch size / median step", _throughput, stats.between),
+    Metric(
+        "throughput",
+        "samples/s",
+        "1/s",
+        "higher",
+        "batch size / median step",
+        _throughput,
+        stats.between,
+        _throughput_within,
+    ),
     Metric("wait", "data wait", "s", "lower", "host time in next()", lambda r: r.host.get("data")),
     Metric("stall", "data stall", "s", "lower", "time the device ran dry for data", lambda r: r.phases.get("data")),
     Metric("hidden", "hidden wait", "s", None, "wait the device did not feel: wait - stall", _hidden),
@@ -263,8 +290,9 @@ _METRICS = (
         "share",
         "lower",
         "instrumented / bare - 1, over neighbouring blocks",
-        lambda r: r.distortion,
+        lambda r: r.distortion.value if r.distortion else None,
         _between_excesses,
+        lambda r: r.distortion,
     ),
     Metric("recorder", "recorder", "s", "lower", "the recorder's own cost in a step, measured alone", _recorder),
     Metric("recorder_share", "recorder", "share", "lower", "the recorder's own cost / median step", _recorder_share),
@@ -355,7 +383,16 @@ _METRICS = (
     ),
     Metric("sampler_share", "sampler", "share", "lower", "telemetry's own share of one core", _sampler),
     # What the founding experiments printed, by their names: train-and-load time and load time, a batch.
-    Metric("train_and_load", "time per batch", "s", "lower", "the step by its name", lambda r: r.median, stats.between),
+    Metric(
+        "train_and_load",
+        "time per batch",
+        "s",
+        "lower",
+        "the step by its name",
+        lambda r: r.median_s,
+        stats.between,
+        lambda r: r.median,
+    ),
     Metric("load", "load time", "s", "lower", "data wait by its name", lambda r: r.host.get("data")),
 )
 
@@ -363,23 +400,24 @@ METRICS: dict[str, Metric] = {metric.key: metric for metric in _METRICS}
 """Every metric by key, but for those of single phases: see `phase_metrics`."""
 
 
-def phase_metrics(phase: str) -> dict[str, Metric]:
+@cache
+def phase_metrics(phase: str) -> Mapping[str, Metric]:
     """Return the metrics of one phase, by key: `NAME.time`, `NAME.share`, `NAME.host`, `NAME.device` and more."""
 
-    def share(reading: Reading) -> Value:
+    def share(reading: Reading) -> Number:
         return _of_mean_step(reading.phases.get(phase), reading)
 
-    def busy(reading: Reading) -> Value:
+    def busy(reading: Reading) -> Number:
         profile = reading.profile
         if profile is None or profile.busy_ns is None or phase not in profile.busy_ns or not profile.steps:
             return None
         return profile.busy_ns[phase] * 1e-9 / profile.steps
 
-    def busy_share(reading: Reading) -> Value:
+    def busy_share(reading: Reading) -> Number:
         seconds, elapsed = busy(reading), reading.device.get(phase)
-        return seconds / elapsed if isinstance(seconds, float) and elapsed else None
+        return seconds / elapsed if seconds is not None and elapsed else None
 
-    def held(peaks: Callable[[Memory], dict[str, int]], reading: Reading) -> Value:
+    def held(peaks: Callable[[Memory], dict[str, int]], reading: Reading) -> Number:
         peak = peaks(reading.memory).get(phase) if reading.memory else None
         return None if peak is None else float(peak)
 
@@ -473,7 +511,7 @@ class CaseSummary:
     @cached_property
     def spread(self) -> float | None:
         """Spread of the median step between processes, as a fraction; `None` with fewer than two."""
-        medians = [reading.median.value for reading in self.readings if reading.median]
+        medians = [reading.median_s for reading in self.readings if reading.median_s is not None]
         return stats.spread(medians) if len(medians) > 1 else None
 
     def __getitem__(self, key: str) -> Value:
@@ -486,10 +524,13 @@ class CaseSummary:
         return self._values[key]
 
     def _combine(self, metric: Metric) -> Value:
-        values = [value for value in map(metric.compute, self.readings) if value is not None]
-        if len(values) < 2:
-            return values[0] if values else None
-        return metric.across([point(value) for value in values])
+        found = [(value, reading) for reading in self.readings if (value := metric.compute(reading)) is not None]
+        if not found:
+            return None
+        (value, reading), *others = found
+        if others:
+            return metric.across([value for value, _ in found])
+        return value if metric.within is None else metric.within(reading)
 
     def value(self, key: str) -> float | None:
         """Return a metric's value without its interval."""

@@ -30,6 +30,7 @@ FLOORS = {
     "diagnosis": 1,
     "evidence": 1,
     "findings": 1,
+    "history": 1,
     "metrics": 1,
     "noise": 1,
     "readings": 1,
@@ -47,6 +48,7 @@ FLOORS = {
     "comparing": 4,
     "diagnosing": 4,
     "pytest_plugin": 4,
+    "tracking": 4,
 }
 """The room, a module or a package right below `bsprof`, and the floor it is on."""
 

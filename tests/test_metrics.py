@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from bsprof import findings
+from bsprof import findings, stats
 from bsprof.metrics import METRICS, CaseSummary, Unit, find_metric, phase_metrics, summarise, varying_axes
 from bsprof.model import (
     AXES,
@@ -219,6 +219,29 @@ def test_processes_of_one_case_are_combined_between_processes():
     assert case["steps"] == 27
     assert case.value("throughput") == pytest.approx(32 / step.value)
     assert [one.case.process for one in case.measurements] == [0, 1, 2]
+
+
+def test_no_interval_is_sought_inside_processes_that_are_several(monkeypatch):
+    """It takes a hundred times as long as the median that it surrounds, and nobody would see it."""
+    monkeypatch.setattr(stats, "median", None)
+    several = CaseSummary([one(taken(), process=number) for number in range(3)])
+    for key in ("step", "throughput", "train_and_load", "recorder_share", "warmup_excess", "ceiling_share", "mfu"):
+        several.value(key)
+    assert several.value("step") == pytest.approx(0.010)
+    assert several.spread == pytest.approx(0)
+    monkeypatch.undo()
+    assert summary(taken())["step"].effective == 9
+
+
+def test_a_value_is_that_in_the_middle_of_its_interval():
+    rng = np.random.default_rng(1)
+    times = (rng.lognormal(0, 0.1, 100) * 10 * MS).astype(int).tolist()
+    reading = Reading(taken(step_ns=times, host_ns={}))
+    with_intervals = [metric for metric in METRICS.values() if metric.within is not None]
+    assert {metric.key for metric in with_intervals} == {"step", "throughput", "train_and_load", "distortion"}
+    for metric in with_intervals:
+        within = metric.within(reading)
+        assert metric.compute(reading) == (None if within is None else within.value)
 
 
 def test_distortion_of_several_processes_may_be_negative():

@@ -62,20 +62,6 @@ def _decisions(comparison: Comparison) -> int:
     return sum(len(case.gated) for case in comparison.cases)
 
 
-def _amount(change: Change, value: float) -> str:
-    match change.unit:
-        case "s":
-            return figures.duration(value)
-        case "B":
-            return figures.size(value)
-        case "J":
-            return figures.energy(value)
-        case "share":
-            return percent(value)
-        case unit:
-            return f"{figures.rate(value)}{'' if unit == 'count' else f' {unit}'}"
-
-
 def _shift(change: Change) -> str:
     return percent(change.ratio - 1, signed=True) if change.ratio != 1 else "0%"
 
@@ -135,8 +121,8 @@ def render(comparison: Comparison, console: Console) -> None:
         ]
         figure = column("", [row.label for row in rows], right=False)
         columns = [
-            column("base", [_amount(row.change, row.change.base) for row in rows]),
-            column("new", [_amount(row.change, row.change.new) for row in rows]),
+            column("base", [figures.amount(row.change.unit, row.change.base) for row in rows]),
+            column("new", [figures.amount(row.change.unit, row.change.new) for row in rows]),
             column("change", [_shift(row.change) for row in rows]),
             column("95 % interval", [_interval(row.change) for row in rows]),
             column("detectable", [percent(row.change.detectable) for row in rows]),
@@ -203,11 +189,11 @@ def markdown(comparison: Comparison) -> str:
     if phases:
         lines += ["<details><summary>phases</summary>", "", *_table(phases, named), "", "</details>", ""]
     for name, case in zip(_names(comparison), comparison.cases, strict=True):
-        lines += [f"- ⛔ {_escaped(name)}: {_escaped(reason)}" for reason in case.refused]
-    lines += [f"- missing: {_escaped(_absent(comparison, one))}" for one in comparison.missing]
-    lines += [f"- new: {_escaped(_absent(comparison, one))} in the base" for one in comparison.added]
-    lines += [f"- {_escaped(text)}" for text in _notes(comparison)]
-    lines += [f"- {_escaped(text)}" for text in comparison.differences]
+        lines += [f"- ⛔ {figures.escaped(name)}: {figures.escaped(reason)}" for reason in case.refused]
+    lines += [f"- missing: {figures.escaped(_absent(comparison, one))}" for one in comparison.missing]
+    lines += [f"- new: {figures.escaped(_absent(comparison, one))} in the base" for one in comparison.added]
+    lines += [f"- {figures.escaped(text)}" for text in _notes(comparison)]
+    lines += [f"- {figures.escaped(text)}" for text in comparison.differences]
     if rows:
         lines += ["", f"<sub>{method(comparison)}</sub>"]
     return "\n".join(lines).rstrip()
@@ -220,15 +206,15 @@ def _table(rows: Sequence[_Row], named: dict[int, str]) -> list[str]:
     ]
     for row in rows:
         change = row.change
-        cells = [named[id(row.case)], change.label, _amount(change, change.base), _amount(change, change.new)]
+        cells = [
+            named[id(row.case)],
+            change.label,
+            figures.amount(change.unit, change.base),
+            figures.amount(change.unit, change.new),
+        ]
         cells += [_shift(change), _interval(change), percent(change.detectable)]
-        lines.append(f"| {' | '.join(map(_escaped, cells))} | {_MARKS[change.verdict]} {change.verdict} |")
+        lines.append(f"| {' | '.join(map(figures.escaped, cells))} | {_MARKS[change.verdict]} {change.verdict} |")
     return lines
-
-
-def _escaped(text: str) -> str:
-    """Return text that cannot end a cell, a line or a piece of code."""
-    return figures.printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def commands(comparison: Comparison) -> Iterator[str]:
@@ -242,8 +228,8 @@ def commands(comparison: Comparison) -> Iterator[str]:
             kind = {"regressed": "error", "inconclusive": "warning", "improved": "notice"}.get(change.verdict)
             if kind is not None:
                 text = (
-                    f"{change.label} {_shift(change)} ({_interval(change)}): {_amount(change, change.base)} → "
-                    f"{_amount(change, change.new)}; detectable {percent(change.detectable)}"
+                    f"{change.label} {_shift(change)} ({_interval(change)}): {figures.amount(change.unit, change.base)} → "
+                    f"{figures.amount(change.unit, change.new)}; detectable {percent(change.detectable)}"
                 )
                 yield _command(kind, f"bsprof: {name} {change.verdict}", text)
     for absence in comparison.missing:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from bsprof.metrics import Unit
 from bsprof.model import AXES, Case
 
 MISSING = "–"  # noqa: RUF001 - an en dash, so that it is never read as a minus
@@ -137,6 +138,26 @@ def case_name(case: Case, varying: Sequence[str]) -> str:
         return case.key
     named = [(AXES[name].info.column, axis_setting(name, getattr(case.settings, name))) for name in varying]
     return ", ".join(f"{name} {text}" for name, text in named if text != MISSING) or case.settings.model
+
+
+def amount(unit: Unit, value: float) -> str:
+    """Return a value of any metric with its unit: `61.2 ms`, `1.17 GiB`, `143 1/s`."""
+    match unit:
+        case "s":
+            return duration(value)
+        case "B":
+            return size(value)
+        case "J":
+            return energy(value)
+        case "share":
+            return percent(value)
+        case _:
+            return f"{rate(value)}{'' if unit == 'count' else f' {unit}'}"
+
+
+def escaped(text: str) -> str:
+    """Return text that cannot end a cell, a line or a piece of code of a Markdown page."""
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def printable(text: str) -> str:
