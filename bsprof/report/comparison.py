@@ -11,7 +11,7 @@ from rich.text import Text
 from bsprof.compare import Absence, CaseComparison, Change, Comparison, Verdict, varying
 from bsprof.report import figures
 from bsprof.report.cases import axis_columns
-from bsprof.report.figures import MISSING, percent, plural
+from bsprof.report.figures import MISSING, amount, percent, plural
 from bsprof.report.grid import column, heading, print_grid, print_words, width_of
 
 _STYLES: dict[Verdict, str] = {
@@ -121,8 +121,8 @@ def render(comparison: Comparison, console: Console) -> None:
         ]
         figure = column("", [row.label for row in rows], right=False)
         columns = [
-            column("base", [figures.amount(row.change.unit, row.change.base) for row in rows]),
-            column("new", [figures.amount(row.change.unit, row.change.new) for row in rows]),
+            column("base", [amount(row.change.unit, row.change.base) for row in rows]),
+            column("new", [amount(row.change.unit, row.change.new) for row in rows]),
             column("change", [_shift(row.change) for row in rows]),
             column("95 % interval", [_interval(row.change) for row in rows]),
             column("detectable", [percent(row.change.detectable) for row in rows]),
@@ -209,8 +209,8 @@ def _table(rows: Sequence[_Row], named: dict[int, str]) -> list[str]:
         cells = [
             named[id(row.case)],
             change.label,
-            figures.amount(change.unit, change.base),
-            figures.amount(change.unit, change.new),
+            amount(change.unit, change.base),
+            amount(change.unit, change.new),
         ]
         cells += [_shift(change), _interval(change), percent(change.detectable)]
         lines.append(f"| {' | '.join(map(figures.escaped, cells))} | {_MARKS[change.verdict]} {change.verdict} |")
@@ -228,8 +228,8 @@ def commands(comparison: Comparison) -> Iterator[str]:
             kind = {"regressed": "error", "inconclusive": "warning", "improved": "notice"}.get(change.verdict)
             if kind is not None:
                 text = (
-                    f"{change.label} {_shift(change)} ({_interval(change)}): {figures.amount(change.unit, change.base)} → "
-                    f"{figures.amount(change.unit, change.new)}; detectable {percent(change.detectable)}"
+                    f"{change.label} {_shift(change)} ({_interval(change)}): {amount(change.unit, change.base)} → "
+                    f"{amount(change.unit, change.new)}; detectable {percent(change.detectable)}"
                 )
                 yield _command(kind, f"bsprof: {name} {change.verdict}", text)
     for absence in comparison.missing:

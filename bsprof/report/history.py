@@ -12,7 +12,7 @@ from bsprof.history import CaseHistory, History, Segment, Shift, Verdict, varyin
 from bsprof.metrics import Unit
 from bsprof.report import figures
 from bsprof.report.cases import axis_columns
-from bsprof.report.figures import MISSING, percent, plural
+from bsprof.report.figures import MISSING, amount, percent, plural
 from bsprof.report.grid import column, print_grid, print_words, width_of
 from bsprof.stats import SHORTEST_SEGMENT
 
@@ -147,7 +147,7 @@ def render(told: History, console: Console) -> None:
         columns = [
             column("since", _since(rows), right=False),
             column("results", [str(row.segment.results) for row in rows]),
-            column(told.label, [figures.amount(told.unit, row.segment.value) for row in rows]),
+            column(told.label, [amount(told.unit, row.segment.value) for row in rows]),
             column("change", [_shift(row.segment.change) for row in rows]),
             column("95 % interval", [_interval(row.segment.change) for row in rows]),
             column("verdict", [_verdict(row, told.unit) for row in rows], right=False),
@@ -190,7 +190,7 @@ def markdown(told: History) -> str:
     for row, since in zip(rows, _since(rows), strict=True):
         segment = row.segment
         name = figures.case_name(row.case.case, axes) if row.is_first else ""
-        cells = [name, since, str(segment.results), figures.amount(told.unit, segment.value)]
+        cells = [name, since, str(segment.results), amount(told.unit, segment.value)]
         cells += [_shift(segment.change), _interval(segment.change)]
         verdict = "" if row.verdict is None else f"{_MARKS[row.verdict]} {_word(row.verdict, told.unit)}"
         lines.append(f"| {' | '.join(map(figures.escaped, cells))} | {verdict} |")
