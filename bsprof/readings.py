@@ -136,12 +136,13 @@ class Reading:
             times = samples.step_ns if samples.device_step_ns is None else samples.device_step_ns
         else:
             times = (samples.host_ns if samples.device_ns is None else samples.device_ns)[phase]
+        left_out = set(samples.epoch_boundaries)
         means: list[float | None] = []
         first = 0
         for block in samples.blocks:
             if block.kind == "instrumented":
-                steps = range(first, first + block.steps)
-                steady = [times[step] for step in steps if step < len(times) and self._steady[step]]
+                steps = range(first, min(first + block.steps, len(times)))
+                steady = [times[step] for step in steps if step not in left_out]
                 means.append(statistics.fmean(steady) * 1e-9 if steady else None)
                 first += block.steps
         return means

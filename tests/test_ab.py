@@ -216,7 +216,8 @@ def test_two_environments_are_measured_by_their_own_interpreters(ab, tmp_path):
     venv.create(tmp_path / "other", with_pip=False)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = tmp_path / "other" / "lib" / version / "site-packages"
-    (packages / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    paths = (sysconfig.get_path("purelib"), str(commands.TESTS.parent))  # bsprof may be installed in place
+    (packages / "parent.pth").write_text("\n".join(paths) + "\n")
     (tmp_path / "who.py").write_text("import sys, pathlib\npathlib.Path('seen').open('a').write(sys.prefix + '\\n')\n")
     other = str(tmp_path / "other" / "bin" / "python")
     done = ab("--a", sys.executable, "--b", other, "--budget", "1", "--", "who.py")
@@ -273,13 +274,11 @@ def test_a_script_past_its_deadline_is_ended_with_all_that_it_started(ab, tmp_pa
 
 def test_no_interpreter_outlives_a_killed_parent(tmp_path):
     """Sides in processes of their own, as `--a workers=0 --b workers=1` has them."""
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
     sides = ("--a", "workers=0", "--b", "workers=1", "--seconds", "60")
     command = subprocess.Popen(
         commands.command("ab", *PERCEPTRON, *sides),
         cwd=tmp_path,
-        env=commands.surroundings(TMPDIR=str(scratch)),
+        env=commands.surroundings(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
