@@ -39,12 +39,9 @@ def run(request: Request) -> int:
     gate = find_gate(Path.cwd(), threshold=request.threshold, strict=request.strict, allow=request.allow)
     base, new = read(request.base), read(request.new)
     # Hundreds of thousands of objects, and no cycle among them: the collector need not go through them again and again,
-    # which of a large comparison takes a third of the time.
+    # which of a large comparison takes a third of the time. It is the last that this process does.
     gc.freeze()
-    try:
-        comparison = compare(base, new, gate, names=(str(request.base), str(request.new)), paired=request.paired)
-    finally:
-        gc.unfreeze()
+    comparison = compare(base, new, gate, names=(str(request.base), str(request.new)), paired=request.paired)
     show(comparison, request.format)
     return exit_code(comparison)
 

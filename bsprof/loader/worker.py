@@ -56,11 +56,11 @@ _CLOSE_SHARE = 0.002
 """Part of a sample's time that may go into reading CPU clocks at its stages."""
 
 _WHOLE_SHARE = 0.005
-_MOST_STRIDE = 32
+_MOST_STRIDE = 128
 _FIRST_BATCHES = 16
 """A batch is accounted for whole where that takes this share of its time at the most; of faster ones every second or
-third, at the least every 32nd is, after the first few. Of the others it is known when they were begun and done."""
-_MOST_SENT = 5 * 16
+third, at the least every 128th is, after the first few. Of the others it is known when they were begun and done."""
+_MOST_SENT = 5 * 64
 """Figures of batches sent that are kept back at the most."""
 
 _LOOK_EVERY_NS = 500_000_000
