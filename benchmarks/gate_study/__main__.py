@@ -223,7 +223,7 @@ def main() -> None:
         for scene in scenes:
             if number * counts[scene.name] // max(counts.values()) < len(runs[scene.name]):
                 continue
-                one = run(scene, arguments.budget)
+            one = run(scene, arguments.budget)
             runs[scene.name].append(one)
             interval = "" if one.low is None or one.high is None else f" [{one.low - 1:+.2%}, {one.high - 1:+.2%}]"
             print(

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 CHANNELS = 8
-AGAIN = {2: 1, 5: 3}
-"""Times that a batch is put through a function for nothing, so that a step takes about so many percent longer. What
+AGAIN = {2: 10, 5: 26}
+"""Samples of a batch of 32 that go through tanh for nothing, so that a step takes about so many percent longer. What
 that really adds is what the study measures over all its runs."""
 
 
 class Network(nn.Module):
-    """Two convolutions; in front of them the batch goes through tanh `again` times, for nothing."""
+    """Two convolutions; in front of them the first `again` samples of a batch go through tanh, for nothing."""
 
     def __init__(self, classes: int, again: int = 0) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class Network(nn.Module):
         self.again = again
 
     def forward(self, images: Tensor) -> Tensor:
-        for _ in range(self.again):
-            torch.tanh(images)
+        if self.again:
+            torch.tanh(images[: self.again])
         scores: Tensor = self.classify(self.features(images).mean(dim=(2, 3)))
         return scores
 
