@@ -16,11 +16,19 @@ PICTURES = "jpeg:128x96,n=256"
 
 def loader(workers: int, *, data: str = PICTURES, image_size: int = 64, batch_size: int = 16, **more: Any) -> Any:
     """Return the DataLoader that `bsprof bench` builds of these settings."""
+    import torch
+
     from bsprof.measure.case import data_request
     from bsprof.workloads.loading import build_loader
     from bsprof.workloads.registry import build_data, prepare_data
 
-    settings = Settings(data=data, image_size=image_size, batch_size=batch_size, workers=workers)
+    settings = Settings(
+        data=data,
+        image_size=image_size,
+        batch_size=batch_size,
+        workers=workers,
+        pin_memory=torch.accelerator.is_available(),
+    )
     request = data_request(settings, Plan(), cache.place())
     prepare_data(data, request)
     return build_loader(build_data(data, request), settings, seed=0, **more)
