@@ -25,7 +25,7 @@ from bsprof.report import terminal
 from bsprof.report.figures import percent
 from bsprof.report.turns import TurnsProgress
 from bsprof.sweep.interruption import Interruption
-from bsprof.sweep.plan import collapse, convert_flags, default_axes, expand, parse_values
+from bsprof.sweep.plan import convert_flags, default_axes, expand, parse_values
 from bsprof.sweep.process import Interpreter, current_directory
 from bsprof.sweep.runner import describe_environment, prepare
 from bsprof.sweep.turns import PILOT, Bench, Pair, Protocol, Side, Taken, can_share_a_process, take
@@ -65,7 +65,7 @@ def run(request: Request) -> int:
             f"--a {words[0]} and --b {words[1]}: {_KINDS[kinds[0]]} and {_KINDS[kinds[1]]} are not alike",
             hint="give two of a kind",
         )
-    _protocol(request)  # a bad flag is told before anything is started
+    asked = _protocol(request)
     if request.output is not None and request.output.exists() and not request.output.is_dir():
         raise BsprofError(f"--output {request.output}: is no folder", hint="both sides go into one: a.json and b.json")
     notices = terminal.console(stderr=True)
@@ -81,7 +81,7 @@ def run(request: Request) -> int:
                 prepare([side.settings], plan, interpreter=None if same else side.interpreter)
         together = can_share_a_process(*sides, _here())
         floor = None if request.aa else noise.cached(environment, together=together)
-        protocol = _above_the_floor(_protocol(request), floor)
+        protocol = _above_the_floor(asked, floor)
         experiment = _Experiment(sides, (environments[0], environments[1]), plan, protocol, together, request.output)
         with TurnsProgress(notices, protocol.budget_s) as progress:
             bench = Bench(sides, plan, together=together, stop=stop, heard=progress.heard)
@@ -143,11 +143,11 @@ class _Experiment:
             wall_s=time.monotonic() - self._began,
         )
 
-    def comparison(self, pairs: list[Pair], asked: int) -> Comparison:
+    def comparison(self, pairs: list[Pair]) -> Comparison:
         """Return both sides compared, pair by pair."""
         gate = Gate(threshold=self.protocol.threshold)
         names = (self.sides[0].name, self.sides[1].name)
-        return compare(*self.results(pairs, asked), gate, names=names)
+        return compare(*self.results(pairs, PILOT), gate, names=names)
 
     def ratio_of(self, pair: Pair) -> float | None:
         """Return b / a of one pair, None where a side failed."""
@@ -158,7 +158,7 @@ class _Experiment:
         """Return what decides, so far; None where a side failed."""
         if any(one.outcome.kind != "ok" for one in pairs[-1]):
             return None
-        (case,) = self.comparison(pairs, PILOT).cases
+        (case,) = self.comparison(pairs).cases
         return case.gated[0] if case.gated else None
 
     def keep(self, pairs: list[Pair], asked: int) -> None:
@@ -331,7 +331,7 @@ def _settings(given: Mapping[str, Any], environment: Environment, plan: Plan) ->
     # The plan says what cannot be measured.
     (case,) = expand(msgspec.structs.replace(plan, axes=convert_flags({"axes": axes}).axes), environment).cases
     assert case.settings is not None
-    return collapse(case.settings, environment)
+    return case.settings
 
 
 # --- how it is measured -----------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def _tell(
     if not taken.pairs:
         raise BsprofError("stopped before the first pair was measured", exit_code=Exit.INTERRUPTED)
     experiment.keep(taken.pairs, taken.asked)
-    comparison = experiment.comparison(taken.pairs, taken.asked)
+    comparison = experiment.comparison(taken.pairs)
     show(comparison, request.format)
     notices = terminal.console(stderr=True)
     failed = [one for pair in taken.pairs for one in pair if one.outcome.kind not in ("ok", "skipped")]

@@ -222,16 +222,19 @@ def show(result: Path) -> None:
     terminal.render(store.load(result), terminal.console())
 
 
-@commands.command()
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("new", type=click.Path(path_type=Path))
-@click.option(
+_format_of_comparison = click.option(
     "--format",
     "output_format",
     type=click.Choice(["rich", "markdown", "json", "github"]),
     default="rich",
     help="A table for the terminal or for a pull request, JSON, or a workflow's annotations. [rich]",
 )
+
+
+@commands.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@_format_of_comparison
 @click.option("--threshold", type=float, metavar="SHARE", help="Let the step change by this share. [0.02]")
 @click.option("--strict/--no-strict", default=None, help="Fail (4) where something could not be decided.")
 @click.option("--allow", multiple=True, metavar="NAME[,NAME]", help="Compare although this of the machine differs.")
@@ -271,13 +274,7 @@ def compare(
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep both sides' results there."
 )
-@click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(["rich", "markdown", "json", "github"]),
-    default="rich",
-    help="As of `bsprof compare`. [rich]",
-)
+@_format_of_comparison
 @click.option(
     "--malloc", type=click.Choice(["pinned", "default"]), default="pinned", help="Keep freed host memory. [pinned]"
 )

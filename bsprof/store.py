@@ -41,6 +41,10 @@ T = TypeVar("T")
 # --- results ----------------------------------------------------------------------------------------
 
 
+COPY_VARIABLE = "BSPROF_RESULT"
+"""Names the file where `Recorder.save` leaves a copy, so that `bsprof ab` compares a script by its steps."""
+
+
 def save(result: Result, path: str | os.PathLike[str]) -> None:
     """Write `result` to `path`, gzipped if the name ends in `.gz`: the whole file, safe on disk, or nothing.
 

@@ -11,7 +11,6 @@ process against side B of the next. Nothing else may run meanwhile. The whole ta
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, mannwhitneyu
 
+from benchmarks.hogs import hogs
 from bsprof import store
 from bsprof.errors import Exit
 from bsprof.readings import Reading
@@ -76,18 +76,6 @@ class Run(NamedTuple):
     mean_rule: tuple[int, int]
     """Times that it fired, of how many comparisons of one process a side."""
     mann_whitney: tuple[int, int]
-
-
-@contextlib.contextmanager
-def hogs(count: int) -> Iterator[None]:
-    """Let so many programs keep a core busy each."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for hog in started:
-            hog.kill()
-            hog.wait()
 
 
 def run(scene: Scene, budget_s: float) -> Run:

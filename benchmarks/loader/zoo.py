@@ -22,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
+from benchmarks.hogs import hogs
 from benchmarks.loader import one
 from benchmarks.loader.scenes import FAULTS, FORK, SPAWN, Fault
 from bsprof.sweep.runner import describe_environment
@@ -93,19 +93,6 @@ def _is_named(cause: dict[str, Any], code: str, names: str) -> bool:
 
 def _percent(share: float | None) -> str:
     return "risk" if share is None else f"{100 * share:.0f} %"
-
-
-@contextlib.contextmanager
-def hogs(count: int) -> Iterator[None]:
-    """Let that many processes spin that are no children of the one that is watched."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for hog in started:
-            hog.kill()
-        for hog in started:
-            hog.wait()
 
 
 def command_of(run: Run, out: Path, extra: list[str]) -> list[str]:

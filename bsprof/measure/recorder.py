@@ -159,7 +159,7 @@ class Recorder:
         """
         result = self.result()
         store.save(result, Path(path))
-        if copy := os.environ.get("BSPROF_RESULT"):
+        if copy := os.environ.get(store.COPY_VARIABLE):
             store.save(result, Path(copy))
 
 

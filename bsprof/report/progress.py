@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
 from bsprof.metrics import CaseSummary
 from bsprof.model import Case, Measurement
 from bsprof.report.figures import case_name, duration, percent, plural, printable, rate
+from bsprof.report.live import LiveArea
 
 _REDRAW_S = 1.0
 _BAR_WIDTH = 30
@@ -31,7 +30,7 @@ _STAGES = {
 }
 
 
-class Progress:
+class Progress(LiveArea):
     """What a sweep is doing: a live area on a terminal, one line a finished case anywhere.
 
     `cases` are still to be measured, or None where nobody knows how many there will be, `varying` the axes that tell
@@ -47,7 +46,7 @@ class Progress:
         expected_s: float,
         target: float | None = None,
     ) -> None:
-        self._console = console
+        super().__init__(console)
         self._total = cases
         self._varying = list(varying)
         self._expected_s = expected_s
@@ -55,26 +54,10 @@ class Progress:
         self._done = 0
         self._began = self._case_began = self._drawn = time.monotonic()
         self._status: tuple[str, str, int, float | None] | None = None
-        is_live = console.is_terminal and not console.is_dumb_terminal
-        # stdout may be redirected to a file or be the result itself: the live area must not capture it.
-        self._live = (
-            Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
-            if is_live
-            else None
-        )
 
     def __enter__(self) -> Self:
         self._began = self._case_began = time.monotonic()
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.update(Text(""))
-            self._live.stop()
+        return super().__enter__()
 
     def started(self, case: Case) -> None:
         """Say that a case was asked for."""

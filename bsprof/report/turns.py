@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
 from bsprof.compare import Change
 from bsprof.report.figures import percent
+from bsprof.report.live import LiveArea
 
 _REDRAW_S = 0.5
 
 
-class TurnsProgress:
+class TurnsProgress(LiveArea):
     """What a run of pairs is doing: a line on a terminal, one line a pair elsewhere. Use it as a context manager."""
 
     def __init__(self, console: Console, budget_s: float) -> None:
-        self._console, self._budget_s = console, budget_s
+        super().__init__(console)
+        self._budget_s = budget_s
         self._began = self._drawn = time.monotonic()
         self._done, self._total, self._stage = 0, 0, "starting"
         self._change: Change | None = None
-        is_live = console.is_terminal and not console.is_dumb_terminal
-        self._live = (
-            Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
-            if is_live
-            else None
-        )
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.update(Text(""))
-            self._live.stop()
+        return super().__enter__()
 
     def heard(self, stage: str) -> None:
         """Say where the pair in progress is."""

@@ -1,7 +1,7 @@
 """Two sides measured in turns: a pilot tells how much pairs scatter, then their number is fixed.
 
-Whatever slows the machine for a while slows both sides of a pair. Two settings of the same code take turns of a tenth
-of a second in one process; everything else runs in interpreters of its own that are started anew, A B, then B A. Both
+Whatever slows the machine for a while slows both sides of a pair. Two settings of the same code take turns of some
+milliseconds in one process; everything else runs in interpreters of its own that are started anew, A B, then B A. Both
 sides of a shared process have the same layout of memory and the same imports, so that it may be forked from a server
 that has torch already; two processes that are compared with each other may not.
 """
@@ -29,9 +29,6 @@ PILOT = 4
 SURE = 0.8
 """The number of pairs is chosen for a scatter that the true one is below with this probability: four pairs say little
 about it (Browne 1995, On the use of a pilot sample for sample size determination)."""
-
-RESULT_VARIABLE = "BSPROF_RESULT"
-"""Names the file where a script's `bsprof.Recorder.save` leaves a copy, so that a script is compared by its steps."""
 
 OF_THE_PROCESS = ("deterministic_algorithms",)
 """Axes that cannot be switched between two turns."""
@@ -98,7 +95,7 @@ class Bench:
             reply = run(
                 side.script,
                 side.interpreter,
-                {RESULT_VARIABLE: str(result)},
+                {store.COPY_VARIABLE: str(result)},
                 deadline_s=self._plan.deadline_s,
                 on_tick=lambda: self._heard("running"),
                 stop=self._stop,
