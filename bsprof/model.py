@@ -211,8 +211,8 @@ class Samples(Noun, frozen=True, kw_only=True):
     """
 
     batch_size: int | None
-    step_ns: list[int]
-    host_ns: dict[str, list[int]]
+    step_ns: list[Natural]
+    host_ns: dict[str, list[Natural]]
     device_step_ns: list[int] | None = None
     device_ns: dict[str, list[int]] | None = None
     blocks: list[Block] = []

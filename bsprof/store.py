@@ -142,7 +142,7 @@ def _check_loading(place: str, loading: Loading) -> None:
 
 
 def _check_samples(place: str, samples: Samples | None) -> None:
-    """Raise BsprofError where arrays that hold one entry a step disagree, or something is less than nothing."""
+    """Raise BsprofError where arrays that hold one entry a step disagree, or a block is less than nothing."""
     if samples is None:
         return
     arrays = {f"host_ns.{phase}": times for phase, times in samples.host_ns.items()}
@@ -153,9 +153,6 @@ def _check_samples(place: str, samples: Samples | None) -> None:
     for name, times in arrays.items():
         if len(times) != steps:
             raise BsprofError(f"{place}.{name}: {len(times)} entries for {steps} steps")
-    for name, times in {"step_ns": samples.step_ns, **arrays}.items():
-        if not name.startswith("device") and min(times, default=0) < 0:
-            raise BsprofError(f"{place}.{name}: {min(times)} ns, less than nothing")
     if samples.batch_size is not None and samples.batch_size < 1:
         raise BsprofError(f"{place}.batch_size: expected int >= 1, got {samples.batch_size}")
     for boundary in samples.epoch_boundaries:
@@ -492,7 +489,7 @@ def _read(path: Path) -> bytes:
             raise BsprofError(f"{path}: truncated: the gzip stream ends early") from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise BsprofError(f"{path}: damaged gzip stream: {_lowered(str(error))}") from None
-    if not content.strip():
+    if not content or content.isspace():
         raise BsprofError(f"{path}: empty")
     return content
 

@@ -451,7 +451,7 @@ def damaged(path, *place, value):
             "samples.blocks[1].steps: expected int >= 0, got -1",
         ),
         (("measurements", 0, "samples", "blocks", 0, "wall_ns"), -1, "blocks[0].wall_ns: expected int >= 0, got -1"),
-        (("measurements", 0, "samples", "step_ns", 1), -5, "[0].samples.step_ns: -5 ns, less than nothing"),
+        (("measurements", 0, "samples", "step_ns", 1), -5, "[0].samples.step_ns[1]: expected int >= 0"),
         (("measurements", 0, "samples", "batch_size"), 0, "[0].samples.batch_size: expected int >= 1, got 0"),
         (("measurements", 0, "samples", "epoch_boundaries"), [3], "epoch_boundaries: there is no step 3 among 3"),
     ],
