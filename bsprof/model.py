@@ -33,15 +33,19 @@ TOO_LARGE: tuple[OutcomeKind, ...] = ("oom", "host_oom", "shm", "crash")
 # --- axes -------------------------------------------------------------------------------------------
 
 
+Needs = Literal["accelerator", "cuda", "workers", "ranks", "cuda ranks"]
+"""What must be there for an axis to mean anything: hardware, worker processes, more ranks than one."""
+
+
 class AxisInfo(typing.NamedTuple):
     """How an axis shows itself: its column in a table, its line of help, and what it needs to mean anything."""
 
     column: str
     help: str
-    needs: Literal["accelerator", "cuda", "workers"] | None = None
+    needs: Needs | None = None
 
 
-def _axis(column: str, help: str, needs: Literal["accelerator", "cuda", "workers"] | None = None) -> Meta:
+def _axis(column: str, help: str, needs: Needs | None = None) -> Meta:
     return Meta(description=help, extra={"axis": AxisInfo(column, help, needs)})
 
 
@@ -57,7 +61,7 @@ class Settings(Noun, frozen=True, kw_only=True):
         str, _axis("data", "jpeg[:WxH,n=N], synthetic, cifar10, …, imagefolder:PATH, or pkg.module:factory")
     ] = "jpeg"
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], _axis("optimizer", "sgd has momentum 0.9")] = "sgd"
-    batch_size: Annotated[Positive, _axis("batch", "samples in a step")] = 32
+    batch_size: Annotated[Positive, _axis("batch", "samples in a step, of each rank")] = 32
     image_size: Annotated[
         Annotated[int, Meta(ge=8)] | None, _axis("image", "pixels a side; by default the data set's own size")
     ] = None
@@ -74,7 +78,13 @@ class Settings(Noun, frozen=True, kw_only=True):
     deterministic_algorithms: Annotated[
         bool, _axis("determ_algos", "torch.use_deterministic_algorithms, which is more than cudnn's own switch")
     ] = False
-    world_size: Annotated[Positive, _axis("world", "processes training together; more than 1 is not yet supported")] = 1
+    world_size: Annotated[Positive, _axis("world", "ranks: processes that train together by DDP")] = 1
+    comm_hook: Annotated[
+        str, _axis("hook", "DDP communication hook: none, fp16, bf16, or pkg.module:function", "ranks")
+    ] = "none"
+    sync_batchnorm: Annotated[
+        bool, _axis("sync_bn", "batch norm over the batches of all ranks (SyncBatchNorm)", "cuda ranks")
+    ] = False
 
 
 class Axis(typing.NamedTuple):
@@ -148,6 +158,12 @@ class Plan(Noun, frozen=True, kw_only=True):
     blocks: tuple[Axes, ...] = ()  # type: ignore[valid-type]
     stop: Stop = msgspec.field(default_factory=Stop)
     repeat: Annotated[int, Meta(ge=1, description="processes a case")] = 1
+    scaling: Annotated[
+        Literal["weak", "strong"],
+        Meta(description="whether `batch_size` is that of each rank, or of all ranks together"),
+    ] = "weak"
+    nodes: Annotated[Positive, Meta(description="machines that share the ranks of each case")] = 1
+    max_failures: Annotated[Positive, Meta(description="the sweep ends after so many failed cases")] | None = None
     seed: Annotated[int, Meta(ge=0, description="of the case order, the weights and the shuffling")] = 0
     order: Literal["shuffled", "listed"] = "shuffled"
     malloc: Literal["pinned", "default"] = "pinned"
@@ -185,7 +201,8 @@ def case_key(settings: Settings) -> str:
 class Block(Noun, frozen=True, kw_only=True):
     """A run of consecutive steps, timed from outside by two clock reads of its own."""
 
-    kind: Literal["instrumented", "bare"]
+    kind: Literal["instrumented", "bare", "synchronised", "unsynchronised"]
+    """With or without marks; of ranks that only lets some blocks exchange their gradients: which of these it was."""
     steps: int
     wall_ns: int
     device_wall_ns: int | None = None
@@ -360,6 +377,8 @@ class Startup(Noun, frozen=True, kw_only=True):
 
     process_ns: int | None = None
     """From the parent's request to the first line of the case's own code."""
+    world_ns: int | None = None
+    """From there to all ranks having joined."""
     build_ns: int | None = None
     """Building model, data set and optimizer."""
     iterator_ns: int | None = None
@@ -422,8 +441,40 @@ class Facts(Noun, frozen=True, kw_only=True):
     malloc: str = "default"
 
 
+class Rank(Noun, frozen=True, kw_only=True):
+    """One of the processes that trained a case together."""
+
+    rank: int
+    node: int
+    host: str
+    facts: Facts | None = None
+    startup: Startup | None = None
+    samples: Samples | None = None
+    """Of this rank alone: `batch_size` is its own."""
+    before_reduce_ns: list[Natural] | None = None
+    """The part of each step's `backward` until its first gradients were ready to be exchanged, on the rank's primary
+    clock. Up to there a rank waits for no other one."""
+    blocks: list[Block] = []
+    """Blocks after the timed window in turns, with and without an exchange of gradients."""
+
+
+class Communication(Noun, frozen=True, kw_only=True):
+    """What DDP exchanges in a step."""
+
+    backend: str
+    """`nccl` or `gloo`."""
+    bucket_bytes: tuple[int, ...]
+    """Sizes of the buckets in the order in which they are reduced."""
+    collectives_ns: int | None = None
+    """Time a step in which at least one collective's kernel ran, in the profiler window; null where none was traced."""
+
+
 class Measurement(Noun, frozen=True, kw_only=True):
-    """One case: what it was, how it ended, what was measured."""
+    """One case: what it was, how it ended, what was measured.
+
+    Of a case with several ranks `samples` and all else here are those of the slowest rank, but for the batch size, which
+    is that of all ranks together.
+    """
 
     case: Case
     outcome: Outcome
@@ -442,6 +493,9 @@ class Measurement(Noun, frozen=True, kw_only=True):
     """The loader, watched apart from the timed steps."""
     diagnosis: Diagnosis | None = None
     """Derived from `loading`."""
+    ranks: tuple[Rank, ...] = ()
+    """Where several processes trained together: all of them, in order."""
+    communication: Communication | None = None
     notes: tuple[Note, ...] = ()
 
 
@@ -546,6 +600,17 @@ class Ceiling(Noun, frozen=True, kw_only=True):
     high: float | None = None
 
 
+class AllReduce(Noun, frozen=True, kw_only=True):
+    """How long an all-reduce of so many bytes takes here: median and 95 % interval, on the slowest rank."""
+
+    backend: str
+    world_size: int
+    bytes: int
+    seconds: float
+    low: float | None = None
+    high: float | None = None
+
+
 class Ceilings(Noun, frozen=True, kw_only=True):
     """What this machine can do, measured by `bsprof env --measure` and kept under its hardware's identity."""
 
@@ -554,7 +619,10 @@ class Ceilings(Noun, frozen=True, kw_only=True):
     created: str
     rates: dict[str, Ceiling]
     """By name: `h2d_pinned`, `h2d_pageable`, `d2d`, `matrix_fp32`, `matrix_tf32`, `matrix_bf16`, `matrix_fp16`,
-    `cpu_matrix_fp32`, `cpu_matrix_bf16`, `jpeg_core`, `jpeg_all`, `disk_cold`, `disk_warm`, `cpu_cores`."""
+    `cpu_matrix_fp32`, `cpu_matrix_bf16`, `jpeg_core`, `jpeg_all`, `disk_cold`, `disk_warm`, `cpu_cores`,
+    `all_reduce`."""
+    all_reduce: tuple[AllReduce, ...] = ()
+    """By world size and bytes; the largest bus bandwidth among them is the rate `all_reduce`."""
     missing: dict[str, str] = {}
     """What could not be measured, and why."""
     notes: tuple[Note, ...] = ()

@@ -13,7 +13,7 @@ import msgspec
 
 from bsprof.errors import BsprofError
 from bsprof.metrics import varying_axes
-from bsprof.model import AXES, Axes, Axis, Case, Environment, Plan, Settings, case_key
+from bsprof.model import AXES, Axes, Axis, Case, Environment, Needs, Plan, Settings, case_key
 from bsprof.noun import Note
 
 FULL_BUDGET_S = 98.0
@@ -56,9 +56,10 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
             raise BsprofError(
                 f"{asked:,} cases or more: bsprof measures {MOST_CASES:,} at the most", hint="ask for less"
             )
-        requested.extend(Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*choices))
-    if any(settings.world_size > 1 for settings in requested):
-        raise BsprofError("world_size: more than 1 is not yet supported", hint="leave it out, or give 1")
+        points = (Settings(**dict(zip(AXES, point, strict=True))) for point in itertools.product(*choices))
+        requested.extend(_of_one_rank(settings, plan) for settings in points)
+    for world_size in sorted({settings.world_size for settings in requested}):
+        _refuse_world(world_size, plan, environment)
     if plan.nvtx and not any(device.kind == "cuda" for device in environment.accelerators):
         raise BsprofError("nvtx: there is no CUDA device here", hint="leave it out; --trace works everywhere")
     meaningful = {case_key(collapsed): collapsed for s in requested for collapsed in (collapse(s, environment),)}
@@ -69,6 +70,51 @@ def expand(plan: Plan, environment: Environment) -> Expansion:
     ]
     named = {name for axes in (plan.axes, *plan.blocks) for name in _given(axes)}
     return Expansion(cases, tuple(varying_axes(meaningful.values())), _collapse_notes(requested, named, environment))
+
+
+def _of_one_rank(settings: Settings, plan: Plan) -> Settings:
+    """Return `settings` with the batch of one rank; strong scaling shares one batch among all of them."""
+    if plan.scaling == "weak" or settings.world_size == 1:
+        return settings
+    if settings.batch_size % settings.world_size:
+        raise BsprofError(
+            f"batch_size: {settings.batch_size} cannot be shared equally by {settings.world_size} ranks",
+            hint=f"with --scaling strong every batch size is a multiple of every world size, as {_near(settings)}",
+        )
+    return msgspec.structs.replace(settings, batch_size=settings.batch_size // settings.world_size)
+
+
+def _near(settings: Settings) -> int:
+    return -(-settings.batch_size // settings.world_size) * settings.world_size
+
+
+def _refuse_world(world_size: int, plan: Plan, environment: Environment) -> None:
+    """Raise BsprofError for a world that this machine, or the machines that share it, cannot make."""
+    if world_size % plan.nodes:
+        raise BsprofError(
+            f"world_size: {world_size} ranks cannot be shared equally by {plan.nodes} nodes",
+            hint=f"give multiples of {plan.nodes}",
+        )
+    devices = len(environment.accelerators)
+    if devices and world_size > devices * plan.nodes:
+        raise BsprofError(
+            f"world_size: {world_size} ranks, but {devices * plan.nodes} devices",
+            hint="each rank trains on a device of its own; `auto` takes 1, 2, 4 … all of them",
+        )
+    if world_size > 1 and plan.largest_batch is not None:
+        raise BsprofError(
+            "world_size: the largest batch is searched with one rank",
+            hint="leave it out: DDP adds the gradients' buckets, once the model's size",
+        )
+
+
+def worlds(environment: Environment, nodes: int) -> tuple[int, ...]:
+    """Return the world sizes that `auto` means: 1, 2, 4 … all devices; cores where there is no accelerator.
+
+    On several nodes: as many ranks on each of them.
+    """
+    most = len(environment.accelerators) or environment.cores_usable
+    return tuple(nodes * each for each in sorted({*(2**power for power in range(most.bit_length())), most}))
 
 
 def _refuse_search(plan: Plan, environment: Environment) -> None:
@@ -91,14 +137,23 @@ def _refuse_search(plan: Plan, environment: Environment) -> None:
 
 
 def collapse(settings: Settings, environment: Environment) -> Settings:
-    """Return `settings` with null for each axis that means nothing, here or beside the other values."""
-    has = {
+    """Return `settings` without the values of axes that mean nothing, here or beside the other values."""
+    cuda, ranks = any(device.kind == "cuda" for device in environment.accelerators), settings.world_size > 1
+    has: dict[Needs | None, bool] = {
         "accelerator": bool(environment.accelerators),
-        "cuda": any(device.kind == "cuda" for device in environment.accelerators),
+        "cuda": cuda,
         "workers": settings.workers > 0,
+        "ranks": ranks,
+        "cuda ranks": cuda and ranks,
         None: True,
     }
-    return msgspec.structs.replace(settings, **{name: None for name, axis in AXES.items() if not has[axis.info.needs]})
+    idle = [axis for axis in AXES.values() if not has[axis.info.needs]]
+    return msgspec.structs.replace(settings, **{axis.name: _idle_value(axis) for axis in idle})
+
+
+def _idle_value(axis: Axis) -> Any:
+    """Return what stands for an axis that means nothing: null, or the default of one that knows no null."""
+    return None if axis.nullable else axis.default
 
 
 def default_axes(environment: Environment, *, quick: bool) -> dict[str, tuple[Any, ...]]:
@@ -245,10 +300,12 @@ def _ordered(meaningful: Mapping[str, Settings], plan: Plan, process: int) -> li
     return points
 
 
-_NEEDS = {
+_NEEDS: dict[Needs, str] = {
     "accelerator": "without an accelerator",
     "cuda": "without a CUDA device",
     "workers": "with 0 workers",
+    "ranks": "with a world of 1",
+    "cuda ranks": "without several ranks on CUDA devices",
 }
 
 
@@ -257,14 +314,12 @@ def _collapse_notes(requested: list[Settings], named: set[str], environment: Env
     for name, axis in AXES.items():
         if axis.info.needs is None or name not in named:
             continue
-        idle = [
-            s for s in requested if getattr(collapse(s, environment), name) is None and getattr(s, name) is not None
-        ]
+        idle = [s for s in requested if getattr(collapse(s, environment), name) != getattr(s, name)]
         if not idle:
             continue
         left = {case_key(collapse(s, environment)) for s in idle}
         # Where it has but one value it is not this axis that makes cases equal, but another that means nothing either.
-        merges = len({case_key(msgspec.structs.replace(s, **{name: None})) for s in idle}) < len(idle)
+        merges = len({case_key(msgspec.structs.replace(s, **{name: _idle_value(axis)})) for s in idle}) < len(idle)
         once = f": {len(idle)} cases are measured as {len(left)}" if merges else ""
         notes.append(Note(code="axis_collapsed", text=f"{name} means nothing {_NEEDS[axis.info.needs]}{once}"))
     return notes
