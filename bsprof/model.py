@@ -465,6 +465,10 @@ class Communication(Noun, frozen=True, kw_only=True):
     """`nccl` or `gloo`."""
     bucket_bytes: tuple[int, ...]
     """Sizes of the buckets in the order in which they are reduced."""
+    reduce_ns: int | None = None
+    """From a step's first bucket being ready to the last one's having been reduced, as DDP's own logger averages it."""
+    overlap_ns: int | None = None
+    """The part of it while backward still computed, by the same logger."""
     collectives_ns: int | None = None
     """Time a step in which at least one collective's kernel ran, in the profiler window; null where none was traced."""
 
