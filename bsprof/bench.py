@@ -29,7 +29,16 @@ from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.largest import Searched, search
-from bsprof.sweep.plan import Expansion, convert_flags, expand, expected_s, make_plan, parse_values, refuse_undecodable
+from bsprof.sweep.plan import (
+    Expansion,
+    convert_flags,
+    expand,
+    expected_s,
+    make_plan,
+    parse_values,
+    refuse_undecodable,
+    worlds,
+)
 from bsprof.sweep.runner import UNFINISHED, ProcessExecutor, Swept, check_names, describe_environment, prepare, sweep
 
 RESERVE_BYTES_PER_CASE = 200_000
@@ -58,7 +67,7 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     axes = {
         name: parse_values(axis, request.flags[name], "--" + name.replace("_", "-"))
         for name, axis in AXES.items()
-        if request.flags.get(name) is not None
+        if request.flags.get(name) is not None and (name, request.flags[name]) != ("world_size", "auto")
     }
     if request.flags["max_batch"] and "batch_size" in axes:
         raise BsprofError("--batch-size and --max-batch: the one gives what the other searches", hint="leave out one")
@@ -77,6 +86,8 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         )
     with notices.status("starting") if notices.is_terminal else contextlib.nullcontext():
         environment = describe_environment()
+    if request.flags.get("world_size") == "auto":
+        axes["world_size"] = worlds(environment, 1)
     plan = _plan(axes, from_file, past, environment, quick=request.quick, stop=stop, rest=rest)
     expansion = _expand(plan, environment, request.plan_file)
     for note in expansion.notes:
@@ -270,7 +281,7 @@ def _search_of(from_file: Plan, rest: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 _PLAN_FLAGS = (
-    *("repeat", "seed", "order", "malloc", "download"),
+    *("repeat", "seed", "order", "malloc", "download", "scaling", "max_failures"),
     *("serialised_steps", "profile_steps", "telemetry_hz", "nvtx"),
 )
 """Flags that are called like their field in a plan."""

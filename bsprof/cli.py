@@ -143,6 +143,10 @@ def commands() -> None:
 @click.option("--precision", type=float, help="Stop a case at this relative half-width of its interval. [0.02]")
 @click.option("--max-case-time", type=float, metavar="S", help="Stop a case after this time, warm-up included.")
 @click.option("--deadline", type=float, metavar="S", help="End a case that still runs after this time. [300]")
+@click.option("--max-failures", type=int, metavar="N", help="End the sweep after so many failed cases.")
+@click.option(
+    "--scaling", type=click.Choice(["weak", "strong"]), help="Whose --batch-size: each rank's, or all's. [weak]"
+)
 @click.option("--repeat", type=int, help="Processes a case; the spread between them is reported. [1]")
 @click.option("--seed", type=int, help="Of the case order, the weights and the shuffling. [0]")
 @click.option("--order", type=click.Choice(["shuffled", "listed"]), help="Order of the cases. [shuffled]")

@@ -476,8 +476,8 @@ class Communication(Noun, frozen=True, kw_only=True):
 class Measurement(Noun, frozen=True, kw_only=True):
     """One case: what it was, how it ended, what was measured.
 
-    Of a case with several ranks `samples` and all else here are those of the slowest rank, but for the batch size, which
-    is that of all ranks together.
+    Of a case with several ranks `samples` and all else here are those of the slowest rank, but for the batch size,
+    which is that of all ranks together.
     """
 
     case: Case

@@ -9,10 +9,10 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import torch
@@ -26,7 +26,8 @@ from bsprof.measure.counters import CounterWindow
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import abandon, blame_a_worker, classify
 from bsprof.measure.loop import Stage, Training, build_optimizer, run_block, run_serialised, running_phase
-from bsprof.measure.tape import Tape, cost_per_step_ns
+from bsprof.measure.tape import Steps, Tape, cost_per_step_ns
+from bsprof.measure.world import BEFORE_REDUCE, Alone, World
 from bsprof.model import (
     Block,
     Case,
@@ -79,6 +80,10 @@ INSPECTION_SHARE = 0.25
 """What is looked at after the timed window may take this share of `max_case_time_s`."""
 WATCH_SHARE = {"off": 0.0, "short": 0.1, "full": 0.4}
 """The loader is watched for this share of `max_case_time_s`."""
+EXCHANGE_SHARE = 0.25
+"""Blocks of ranks with and without an exchange of gradients may take this share of `max_case_time_s`."""
+EXCHANGE_PAIRS = 20
+"""Pairs of such blocks, where there is time for so many."""
 EPOCH_SHARE = 0.1
 """A second epoch's end is priced while the first took less than this share of `max_case_time_s`."""
 
@@ -120,10 +125,18 @@ class CaseRun:
     """The state of one case while it is measured. What is known survives a failure in a later stage."""
 
     def __init__(
-        self, case: Case, plan: Plan, cache: Path, emit: Emit, trace: Path | None, watch: Watch | None = None
+        self,
+        case: Case,
+        plan: Plan,
+        cache: Path,
+        emit: Emit,
+        trace: Path | None,
+        watch: Watch | None = None,
+        world: World | None = None,
     ) -> None:
         assert case.settings is not None
         self.case = case
+        self.world = world or Alone()
         self.outcome = Outcome(kind="ok")
         self._watch = watch
         self.trace = trace
@@ -156,6 +169,10 @@ class CaseRun:
         self._epoch_marks: list[int] = []
         self._counters: Counters | None = None
         self._marking = False
+        self.before_reduce_ns: list[int] | None = None
+        """The part of each step's backward before its first gradients are exchanged, on the primary clock."""
+        self.exchange_blocks: list[Block] = []
+        """Blocks with and without an exchange of gradients, in turns."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -220,7 +237,8 @@ class CaseRun:
             self.build()
         try:
             with self._stage("warmup"):
-                if self.plan.telemetry_hz:
+                # Of ranks on a CPU one tells of the host for all.
+                if self.plan.telemetry_hz and (self.on_device or self.world.local_rank == 0):
                     self._sampler = telemetry.record(self._device, self.plan.telemetry_hz, self._recording)
                 self.start()
                 end_ns = entered_ns + self._warmup_ns[0] + round(self.plan.stop.max_case_time_s * 1e9)
@@ -230,6 +248,9 @@ class CaseRun:
                 self._timed = self._read()
             with self._stage("inspect"):
                 self._inspect()
+            if self.world.size > 1:
+                with self._stage("exchange"):
+                    self._exchange()
             self.training.stop()
             if self._watch is not None and self._watched_s:
                 with self._stage("loader"):
@@ -255,7 +276,7 @@ class CaseRun:
         settings = self.settings
         start = host_clock()
         malloc_state = malloc.pin() if self.plan.malloc == "pinned" else "default"
-        torch.set_num_threads(settings.threads or cores_of_this_process())
+        torch.set_num_threads(settings.threads or max(1, cores_of_this_process() // self.world.local_size))
         backends.configure(settings)
         torch.manual_seed(self.seed)
         data = build_data(settings.data, data_request(settings, self.plan, self.cache))
@@ -264,7 +285,10 @@ class CaseRun:
         if settings.channels_last:
             model = model.to(memory_format=torch.channels_last)
         model.train()
-        loader = build_loader(data, settings, seed=self.seed)
+        parameters = sum(p.numel() for p in model.parameters())
+        model = self.world.join(model, settings)
+        share = (self.world.rank, self.world.size)
+        loader = build_loader(data, settings, seed=self.seed, share=share)
         self._training = Training(model, loader, build_optimizer(settings, model), settings, self._device)
         self._stages = profiling.ranged(self.stages, self._device) if self.plan.nvtx else self.stages
         self._training.on_epoch_end = self._epoch_ended
@@ -273,7 +297,7 @@ class CaseRun:
         self.facts = Facts(
             device=str(self._device),
             threads=torch.get_num_threads(),
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=parameters,
             image_size=data.shape.height if data.shape.height == data.shape.width else None,
             samples_in_dataset=samples,
             classes=data.classes,
@@ -321,12 +345,14 @@ class CaseRun:
             self.settle()
             now = host_clock()
             self._warmup_ns.append(now - start)
+            if len(self._warmup_ns) < least:
+                continue
             recent = sorted(self._warmup_ns[-5:])[len(self._warmup_ns[-5:]) // 2]
             fits = max(0, end_ns - now) // max(1, recent) + len(self._warmup_ns)
             window = min(STEADY_WINDOW, max(SMALLEST_WINDOW, fits // 3))
-            if len(self._warmup_ns) >= least and stats.is_steady(self._warmup_ns, window=window):
+            if self.world.agree(stats.is_steady(self._warmup_ns, window=window)):
                 break
-            if now > end_ns and len(self._warmup_ns) >= least:
+            if self.world.agree(now > end_ns):
                 self._steady = False
                 if not self.plan.largest_batch:
                     self._note("no_steady_state", f"{len(self._warmup_ns)} warm-up steps and still not steady")
@@ -335,13 +361,13 @@ class CaseRun:
     def _measure(self, end_ns: int) -> None:
         """Alternate blocks with and without marks, the order swapped from pair to pair, until precise or late."""
         stop = self.plan.stop
-        end_ns -= self._inspection_ns()[0] + round(self._watched_s * 1e9)
-        size = self._block_size(end_ns)
+        end_ns -= self._inspection_ns()[0] + round(self._watched_s * 1e9) + self._exchange_ns
+        size = self.world.agree(self._block_size(end_ns))
         if self.on_device:
             # While events are made the device runs dry: before it is given work, not inside the first block.
-            self._tape.reserve(size * len(self.stages) + 1)
+            self._tape.reserve(self._boundaries(size))
             fits = (end_ns - host_clock()) // self.recent_step_ns()
-            run_block(self._stages, max(min(LEAD_IN, fits // 4), size), None)
+            run_block(self._stages, self.world.agree(max(min(LEAD_IN, fits // 4), size)), None)
         self._memory.begin()
         window = CounterWindow()
         begin_ns = host_clock()
@@ -359,7 +385,8 @@ class CaseRun:
             # A host that is far ahead has given the device work beyond this moment: as many bare steps as these.
             # A try for the largest batch has to survive all its steps; the parent's deadline ends it.
             queued = 0 if self.plan.largest_batch else 2 * max(0, steps - len(seen) - 1)
-            if precise or steps >= stop.max_steps or host_clock() + queued * self.recent_step_ns() > end_ns:
+            late = host_clock() + queued * self.recent_step_ns() > end_ns
+            if self.world.agree(precise or steps >= stop.max_steps or late):
                 break
         window.close()
         self._memory.end()
@@ -412,18 +439,23 @@ class CaseRun:
     def take_block(self, kind: str, size: int) -> None:
         """Take a block of steps, with marks (`instrumented`) or `bare`."""
         first, events = len(self._tape), self._device_clock
-        self._tape.reserve(size * len(self.stages) + 1)
+        self._tape.reserve(self._boundaries(size))
         before = events.stamp() if events else 0
         if kind == "instrumented":
-            self._marking = True
-            block = run_block(self._stages, size, self._tape)
-            self._marking = False
+            with self.world.marking(self._tape.mark):
+                self._marking = True
+                block = run_block(self._stages, size, self._tape)
+                self._marking = False
             self._step_ns.extend(self._tape.host_steps(first + 1).step_ns)
         else:
             block = run_block(self._stages, size, None)
         if events:
             self._block_stamps.append((before, events.stamp()))
         self._blocks.append(block)
+
+    def _boundaries(self, steps: int) -> int:
+        """Return how many boundaries a block of so many steps has; ranks mark one more a step."""
+        return steps * (len(self.stages) + (self.world.size > 1)) + 1
 
     def _block_size(self, end_ns: int) -> int:
         """Return steps a block: a small share of the time left, whole rounds of the workers where they fit."""
@@ -480,6 +512,8 @@ class CaseRun:
         try:
             yield
         except Exception as error:
+            if self.world.size > 1:
+                raise  # the others wait for this rank
             abandon(error)
             failed = classify(error, "inspect")
             self._note("inspection_failed", f"{look}: {'; '.join(filter(None, (failed.message, failed.hint)))}")
@@ -514,7 +548,34 @@ class CaseRun:
         left_ns, wanted_ns = self._inspection_ns()
         for name, steps, look in self._looks():
             with self._noted(name):
-                look(max(1, round(steps * left_ns / wanted_ns)))
+                look(self.world.agree(max(1, round(steps * left_ns / wanted_ns))))
+
+    @property
+    def _exchange_ns(self) -> int:
+        """The time to leave for blocks with and without an exchange of gradients."""
+        return round(self.plan.stop.max_case_time_s * 1e9 * EXCHANGE_SHARE) if self.world.size > 1 else 0
+
+    def _exchange(self) -> None:
+        """Take blocks with and without an exchange of gradients, the order swapped from pair to pair.
+
+        The ranks' weights drift apart meanwhile, so nothing is timed after it.
+        """
+        steps = self._exchange_ns // self.recent_step_ns() // (2 * EXCHANGE_PAIRS)
+        size = self.world.agree(min(LARGEST_BLOCK, max(1, steps)))
+        end_ns = host_clock() + self._exchange_ns
+        pair = 0
+        while pair < 2 or self.world.agree(pair < EXCHANGE_PAIRS and host_clock() < end_ns):
+            kinds: tuple[Literal["synchronised", "unsynchronised"], ...] = ("synchronised", "unsynchronised")
+            for kind in kinds if pair % 2 == 0 else kinds[::-1]:
+                self.world.agree(pair)  # all begin together
+                before = self._device_clock.stamp() if self._device_clock else 0
+                with self.world.unsynchronised() if kind == "unsynchronised" else nullcontext():
+                    block = run_block(self._stages, size, None)
+                if self._device_clock:
+                    span_ns = self._device_clock.span_ns(before, self._device_clock.stamp())
+                    block = msgspec.structs.replace(block, device_wall_ns=span_ns)
+                self.exchange_blocks.append(msgspec.structs.replace(block, kind=kind))
+            pair += 1
 
     def _watch_loader(self, watch: Watch) -> None:
         """Learn why the loader is as slow as it is, from an iterator of its own."""
@@ -525,7 +586,7 @@ class CaseRun:
     @property
     def _watched_s(self) -> float:
         """For how long the loader is watched."""
-        if self.plan.largest_batch:
+        if self.plan.largest_batch or self.world.size > 1:
             return 0.0
         return self.plan.stop.max_case_time_s * WATCH_SHARE[self.plan.diagnose]
 
@@ -557,7 +618,10 @@ class CaseRun:
             return None
         host = self._tape.host_steps()
         device = self._tape.device_steps()
+        marks = list(host.phase_ns)
         complete = len(self._step_ns)
+        befores = [_joined(steps) for steps in (host, device) if steps is not None]
+        self.before_reduce_ns = befores[-1] and befores[-1][:complete]
         blocks = self._blocks
         if events := self._device_clock:
             spans = [events.span_ns(*stamps) for stamps in self._block_stamps]
@@ -574,7 +638,7 @@ class CaseRun:
             epoch_boundaries=[step for mark in self._epoch_marks if (step := self._tape.step_at(mark)) < complete],
             warmup_ns=self._warmup_ns,
             steady=self._steady,
-            recorder_ns_per_step=cost_per_step_ns(host.phase_ns, device_clock=device and device_clock(self._device)),
+            recorder_ns_per_step=cost_per_step_ns(marks, device_clock=device and device_clock(self._device)),
             counters=self._counters,
             final_loss=self.training.loss(),
         )
@@ -589,6 +653,15 @@ class CaseRun:
 
     def _note(self, code: str, text: str) -> None:
         self.notes.append(Note(code=code, text=text))
+
+
+def _joined(steps: Steps) -> list[int] | None:
+    """Make one phase again of `backward` and what was marked in it, and return the latter."""
+    before = steps.phase_ns.pop(BEFORE_REDUCE, None)
+    if before is not None:
+        rest = steps.phase_ns["backward"]
+        steps.phase_ns["backward"] = [first + second for first, second in zip(before, rest, strict=True)]
+    return before
 
 
 def _precision(step_ns: list[int]) -> float | None:

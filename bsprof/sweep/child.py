@@ -12,7 +12,7 @@ from bsprof.diagnosis import diagnose
 from bsprof.loader import measuring as watching
 from bsprof.loading import LoaderRequest
 from bsprof.measure import case as measuring
-from bsprof.measure import environment, pair, rates, selftest
+from bsprof.measure import environment, pair, ranks, rates, selftest
 from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
@@ -21,11 +21,12 @@ Emit = Callable[[str, int, float | None], None]
 
 
 class CaseRequest(msgspec.Struct):
-    """A case, what of the plan holds for it, and where its trace is kept, if it is."""
+    """A case, what of the plan holds for it, where its trace is kept, if it is, and where its ranks meet."""
 
     case: Case
     plan: Plan
     trace: str | None = None
+    meeting: ranks.Meeting = ranks.Meeting()
 
 
 class PairRequest(msgspec.Struct):
@@ -84,6 +85,17 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     request = msgspec.json.decode(payload, type=CaseRequest)
     emit = measuring.throttled(emit)
     trace = Path(request.trace) if request.trace else None
+    if request.case.settings and request.case.settings.world_size > 1:
+        world = ranks.measure(
+            request.case,
+            request.plan,
+            cache=cache_dir(),
+            requested_ns=requested_ns,
+            emit=emit,
+            trace=trace,
+            meeting=request.meeting,
+        )
+        return store.to_json(world)
     measurement = measuring.measure(
         request.case,
         request.plan,

@@ -79,11 +79,15 @@ def sweep(
     """
     kept = {_point(m.case): m for m in done if m.outcome.kind not in UNFINISHED}
     failure = None
+    failed = 0
     for case in cases:
         if _point(case) in kept:
             continue
-        if stop.requested or failure:
-            why = failure.message if failure else "the sweep was stopped by the user"
+        given_up = plan.max_failures is not None and failed >= plan.max_failures
+        if stop.requested or failure or given_up:
+            why = "the sweep was stopped by the user"
+            if failure or given_up:
+                why = failure.message if failure else f"{failed} cases before it had failed"
             kept[_point(case)] = Measurement(case=case, outcome=Outcome(kind="skipped", message=why), wall_s=0.0)
             continue
         watcher.started(case)
@@ -94,6 +98,7 @@ def sweep(
             outcome = Outcome(kind="interrupted", message="stopped by the user")
             measurement = Measurement(case=case, outcome=outcome, wall_s=time.monotonic() - started)
         kept[_point(case)] = measurement
+        failed += measurement.outcome.kind not in ("ok", *UNFINISHED)
         try:
             log.append(measurement)
         except BsprofError as error:

@@ -1,0 +1,523 @@
+"""The ranks of a case: started by torch's elastic launcher, they meet at a store, and what they say is put together.
+
+The store (a TCPStore in the process that was asked) outlives every rank, so that what a rank said is known even when
+another one has died. It carries the question to ranks on other machines as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import platform
+import re
+import signal
+import socket
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import msgspec
+import psutil  # type: ignore[import-untyped]
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from bsprof import store as results
+from bsprof.measure import world
+from bsprof.measure.case import CaseRun, Emit, throttled
+from bsprof.measure.clock import host_clock, present_device
+from bsprof.model import Case, Communication, Measurement, Outcome, Plan, Rank
+from bsprof.noun import Note
+
+PRELOAD = ("bsprof.measure.ranks",)
+"""Imported once by the fork server that a case's ranks come from: they need not each load torch."""
+
+LAST_S = 10.0
+"""So long before a case's deadline its ranks are asked where they hang, or a fifth of the deadline if that is less."""
+
+LOST_S = 3.0
+"""A rank that has lost another waits so long before it says so: the one that is the cause is to be heard first."""
+
+POLL_S = 0.25
+
+_LOOPBACK = "127.0.0.1"
+
+
+class Meeting(msgspec.Struct, frozen=True):
+    """Where the ranks of one case meet."""
+
+    host: str = _LOOPBACK
+    port: int = 0
+    """0 for any that is free, where all are on this machine."""
+    nodes: int = 1
+    name: str = "case"
+    """Of this case, and of no other that meets there."""
+
+
+class Answer(msgspec.Struct):
+    """What one rank has measured, or how it failed."""
+
+    rank: Rank
+    measurement: Measurement
+    communication: Communication | None = None
+    lost: bool = False
+    """Whether it failed because another one was gone."""
+
+
+# --- the process that was asked ---------------------------------------------------------------------
+
+
+class _Stopped(NamedTuple):
+    """How the ranks of this machine ended: all well, or else which of them died without a word, and of what."""
+
+    exit_codes: dict[int, int]
+    failure: str | None = None
+
+
+def measure(
+    case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit, trace: Path | None, meeting: Meeting
+) -> Measurement:
+    """Measure `case` in `world_size` ranks and return what came of all of them; a failure is an outcome.
+
+    `requested_ns` is the parent's reading of the host clock when it asked for this process.
+    """
+    entered_ns = host_clock()
+    assert case.settings is not None
+    size = case.settings.world_size
+    question = {"case": case, "plan": plan, "cache": str(cache), "trace": str(trace) if trace else None}
+    with _hosted(meeting, size) as shared:
+        shared.store.set("question", results.to_json(question).decode())
+        end = requested_ns / 1e9 + plan.deadline_s - min(LAST_S, plan.deadline_s / 5)
+        with _Lookout(shared, plan.nodes, size, end, emit) as lookout:
+            stopped = _launch(shared, size // plan.nodes, requested_ns, entered_ns, plan.deadline_s)
+        answers = shared.answers(size, patience_s=LOST_S if plan.nodes > 1 and stopped.failure else 0.0)
+    measurement = put_together(case, answers, stopped.exit_codes, stopped.failure, lookout.hung(plan.deadline_s))
+    inside_s = (host_clock() - entered_ns) / 1e9
+    return msgspec.structs.replace(measurement, inside_s=inside_s)
+
+
+class _Shared(NamedTuple):
+    """A store with its place."""
+
+    store: Store
+    host: str
+    port: int
+    meeting: Meeting
+
+    def another(self) -> _Shared:
+        """Return a connection of one's own: a client that waits lets nobody else ask through it."""
+        return self._replace(store=TCPStore(self.host, self.port, is_master=False, timeout=_TIMEOUT))
+
+    def answers(self, size: int, *, patience_s: float) -> dict[int, Answer]:
+        """Return what ranks have said, by rank; waits for the others so long."""
+        end = time.monotonic() + patience_s
+        while True:
+            said = [rank for rank in range(size) if self.store.check([f"said/{rank}"])]
+            if len(said) == size or time.monotonic() >= end:
+                break
+            time.sleep(POLL_S)
+        return {
+            rank: msgspec.json.decode(zlib.decompress(self.store.get(f"said/{rank}")), type=Answer) for rank in said
+        }
+
+
+_TIMEOUT = timedelta(seconds=60)
+
+
+@contextlib.contextmanager
+def _hosted(meeting: Meeting, size: int) -> Iterator[_Shared]:
+    store = TCPStore(meeting.host, meeting.port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+    yield _Shared(store, meeting.host, store.port, meeting)
+
+
+def _launch(shared: _Shared, here: int, requested_ns: int, entered_ns: int, deadline_s: float) -> _Stopped:
+    """Run the ranks of this machine to their end."""
+    forkserver.set_forkserver_preload(list(PRELOAD))
+    local = _own_address(shared.host, shared.port)
+    patience_s = max(1, round(deadline_s))
+    config = LaunchConfig(
+        min_nodes=shared.meeting.nodes,
+        max_nodes=shared.meeting.nodes,
+        nproc_per_node=here,
+        run_id=shared.meeting.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{shared.host}:{shared.port}",
+        rdzv_configs={"is_host": False, "timeout": patience_s, "join_timeout": patience_s},
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="forkserver",
+        local_addr=local,
+    )
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    try:
+        elastic_launch(config, enter)(Task(shared.host, shared.port, local, os.getpid(), requested_ns, entered_ns))
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return _Stopped(codes, "a rank failed")
+    except (RendezvousError, dist.DistError, TimeoutError, RuntimeError) as error:
+        return _Stopped({}, f"{type(error).__name__}: {error}".strip().splitlines()[0])
+    return _Stopped({})
+
+
+def _own_address(host: str, port: int) -> str:
+    """Return the address by which this machine reaches `host`: names need not resolve the same everywhere."""
+    with contextlib.suppress(OSError):
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    return _LOOPBACK
+
+
+class _Lookout:
+    """Passes on where rank 0 is, and shortly before the deadline finds out where each rank of this machine hangs."""
+
+    def __init__(self, shared: _Shared, nodes: int, size: int, end: float, emit: Emit) -> None:
+        self._shared, self._nodes, self._size, self._end, self._emit = shared, nodes, size, end, emit
+        self._done = threading.Event()
+        self._places: dict[int, str] = {}
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _Lookout:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def hung(self, deadline_s: float) -> Outcome | None:
+        """Return the outcome of ranks that were ended because time was up, or None."""
+        return hanging(self._places, deadline_s) if self._places else None
+
+    def _look(self) -> None:
+        shared, last = self._shared.another(), b""
+        while not self._done.wait(POLL_S):
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                if shared.store.check(["progress"]) and (told := shared.store.get("progress")) != last:
+                    last = told
+                    self._emit(*msgspec.json.decode(told, type=tuple[str, int, float | None]))
+                if host_clock() / 1e9 > self._end:
+                    self._places = self._ask(shared)
+                    return
+
+    def _ask(self, shared: _Shared) -> dict[int, str]:
+        """Return the stack of each rank that has one, and end those of this machine."""
+        pids = {}
+        for rank in range(self._size):
+            if shared.store.check([f"pid/{rank}"]):
+                parent, process = map(int, shared.store.get(f"pid/{rank}").decode().split())
+                if parent == os.getpid() and psutil.pid_exists(process):
+                    pids[rank] = process
+        for pid in pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(2 * POLL_S)
+        for rank in pids:
+            with contextlib.suppress(OSError):
+                shared.store.set(f"stack/{rank}", _stack_file(rank).read_text())
+        time.sleep(2 * POLL_S)
+        stacks = {
+            rank: shared.store.get(f"stack/{rank}").decode()
+            for rank in range(self._size)
+            if shared.store.check([f"stack/{rank}"])
+        }
+        for pid in pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return stacks
+
+
+# --- what they said, put together -------------------------------------------------------------------
+
+
+def put_together(
+    case: Case,
+    answers: Mapping[int, Answer],
+    exit_codes: Mapping[int, int],
+    failure: str | None,
+    hung: Outcome | None,
+) -> Measurement:
+    """Return the Measurement of all ranks: figures of the slowest one, and the outcome of the one that failed first.
+
+    `exit_codes` are those of ranks that ended badly, `failure` what the launcher said, `hung` the outcome where the
+    ranks were ended at the deadline.
+    """
+    assert case.settings is not None
+    size = case.settings.world_size
+    ordered = [answers[rank] for rank in sorted(answers)]
+    outcome = hung or _outcome(ordered, exit_codes, failure, size)
+    if not ordered:
+        return Measurement(case=case, outcome=outcome, wall_s=0.0)
+    slowest = max(ordered, key=_mean_step_ns)
+    top = slowest.measurement
+    samples = top.samples and msgspec.structs.replace(top.samples, batch_size=size * case.settings.batch_size)
+    return msgspec.structs.replace(
+        top,
+        case=case,
+        outcome=outcome,
+        samples=samples,
+        ranks=tuple(one.rank for one in ordered),
+        communication=next((one.communication for one in ordered if one.communication), None),
+        notes=tuple(_notes(ordered)),
+    )
+
+
+def _mean_step_ns(answer: Answer) -> float:
+    samples = answer.measurement.samples
+    return sum(samples.step_ns) / len(samples.step_ns) if samples and samples.step_ns else 0.0
+
+
+def _outcome(answers: Sequence[Answer], exit_codes: Mapping[int, int], failure: str | None, size: int) -> Outcome:
+    """Return the outcome of the rank that is the cause: one that died, then one that failed, then one that lost it."""
+    said = {one.rank.rank for one in answers}
+    for rank, code in exit_codes.items():
+        if rank not in said:
+            return _death(rank, code)
+    failed = [one for one in answers if one.measurement.outcome.kind != "ok"]
+    for one in sorted(failed, key=lambda one: one.lost):
+        return _of_rank(one.measurement.outcome, one.rank.rank)
+    if failure is None and len(answers) == size:
+        return Outcome(kind="ok")
+    missing = [rank for rank in range(size) if rank not in said]
+    named = f"nothing came from rank {', '.join(map(str, missing))}" if said else "no rank ever answered"
+    return Outcome(kind="crash", message=f"{named}: {failure}" if failure else named, evidence={"ranks": len(said)})
+
+
+def _death(rank: int, code: int) -> Outcome:
+    killed = signal.Signals(-code).name if -code in set(signal.Signals) else None
+    how = f"killed by {killed}" if killed else f"exited with code {code}"
+    evidence: dict[str, int | float | str | None] = {"rank": rank, "signal": killed, "exit_code": code}
+    return Outcome(kind="crash", message=f"rank {rank}: {how}", evidence=evidence)
+
+
+def _of_rank(outcome: Outcome, rank: int) -> Outcome:
+    message = f"rank {rank}: {outcome.message}" if outcome.message else f"rank {rank}"
+    return msgspec.structs.replace(outcome, message=message, evidence={**outcome.evidence, "rank": rank})
+
+
+def _notes(answers: Sequence[Answer]) -> Iterator[Note]:
+    """Yield each kind of note once, and say which ranks it is of where it is not of all."""
+    by_code: dict[str, dict[int, str]] = {}
+    for one in answers:
+        for note in one.measurement.notes:
+            by_code.setdefault(note.code, {}).setdefault(one.rank.rank, note.text)
+    for code, texts in by_code.items():
+        whose = "" if len(texts) == len(answers) else f" (rank {', '.join(map(str, texts))})"
+        yield Note(code=code, text=f"{next(iter(texts.values()))}{whose}")
+
+
+# --- where they hang --------------------------------------------------------------------------------
+
+_PHASES = {
+    "fetch": "data",
+    "transfer": "h2d",
+    "forward": "forward",
+    "forward_mixed": "forward",
+    "backward": "backward",
+    "backward_scaled": "backward",
+    "update": "optimizer",
+    "update_scaled": "optimizer",
+}
+_WAITING = ("backward", "agree", "settle", "communication")
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
+
+
+def hanging(stacks: Mapping[int, str], deadline_s: float) -> Outcome:
+    """Return the outcome of ranks that were still there at the deadline, from faulthandler's stack of each.
+
+    A rank in `backward`, or one that asks for what all agree on, waits for the others; the cause is whoever does not.
+    """
+    places = {rank: _place(text) for rank, text in stacks.items()}
+    causes = {rank: place for rank, place in places.items() if not place.waits} or places
+    rank, place = next(iter(causes.items()))
+    waiting = [str(other) for other in places if other not in causes]
+    message = f"rank {', '.join(map(str, causes))} still in {place.stage} after {deadline_s:g} s ({place.where})"
+    if waiting:
+        message += f"; rank {', '.join(waiting)} {'wait' if len(waiting) > 1 else 'waits'} for it"
+    return Outcome(
+        kind="timeout",
+        message=message,
+        hint="raise --deadline, or make the case smaller",
+        phase=place.stage,
+        evidence={"deadline_s": deadline_s, "rank": rank, "stack": stacks[rank][-2000:]},
+    )
+
+
+class _Place(NamedTuple):
+    stage: str
+    where: str
+    waits: bool
+
+
+def _place(stack: str) -> _Place:
+    """Read a stack, innermost frame first."""
+    frames = list(_FRAME.finditer(stack))
+    functions = {frame["function"] for frame in frames if frame["file"].endswith(("loop.py", "world.py", "case.py"))}
+    stage = next((phase for name, phase in _PHASES.items() if name in functions), "start")
+    inner = frames[0] if frames else None
+    where = f"{Path(inner['file']).name}:{inner['line']} in {inner['function']}" if inner else "no stack"
+    return _Place(stage, where, bool(functions & set(_WAITING)) or stage == "backward")
+
+
+# --- in a rank --------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What a rank is told by the process that starts it."""
+
+    host: str
+    port: int
+    """Of the store."""
+    local: str
+    """This machine's address, as the store's machine sees it."""
+    parent: int
+    requested_ns: int
+    entered_ns: int
+
+
+def enter(task: Task) -> None:
+    """Be a rank: join the others, measure, and say what came of it; ends the process where it failed."""
+    place = Place.of_environment()
+    faulthandler.register(signal.SIGUSR1, _stack_file(place.rank).open("w"), all_threads=False)
+    store = TCPStore(task.host, task.port, is_master=False, timeout=_TIMEOUT)
+    store.set(f"pid/{place.rank}", f"{task.parent} {os.getpid()}")
+    take_device(place.local_rank)
+    if task.host != _LOOPBACK:
+        _talk_from(task.local)
+    answer = measure_as(place, store, task.requested_ns, task.entered_ns)
+    if answer.lost:
+        time.sleep(LOST_S)
+    store.set(f"said/{place.rank}", zlib.compress(results.to_json(answer)))  # type: ignore[arg-type]
+    if answer.measurement.outcome.kind != "ok":
+        _leave()
+    dist.destroy_process_group()
+
+
+class Place(NamedTuple):
+    """Which of the ranks this process is."""
+
+    rank: int
+    local_rank: int
+    local_size: int
+    node: int
+
+    @classmethod
+    def of_environment(cls) -> Place:
+        """Read what torch's launcher says."""
+        names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        return cls(*(int(os.environ[name]) for name in names))
+
+
+def measure_as(place: Place, store: Store, requested_ns: int, entered_ns: int) -> Answer:
+    """Measure the case that the store asks about, as one rank of the group that the environment describes."""
+    asked = msgspec.json.decode(store.get("question"), type=_Question)
+    started_ns = host_clock()
+
+    def emit(stage: str, steps: int, precision: float | None) -> None:
+        if place.rank == 0:
+            store.set("progress", msgspec.json.encode((stage, steps, precision)).decode())
+
+    lost = False
+    device = present_device()
+    emit("joining", 0, None)
+    join(device, asked.plan.deadline_s)
+    joined_ns = host_clock()
+    ranks = world.Ranks(place.local_rank, place.local_size)
+    trace = Path(asked.trace) if asked.trace and place.rank == 0 else None
+    run = CaseRun(asked.case, asked.plan, Path(asked.cache), throttled(emit), trace, world=ranks)
+    with run.failing():
+        try:
+            run.go(requested_ns, joined_ns)
+        except BaseException as error:
+            lost = has_lost_another(error)
+            raise
+    measurement = run.measurement(requested_ns, started_ns)
+    startup = measurement.startup and msgspec.structs.replace(measurement.startup, world_ns=joined_ns - entered_ns)
+    measurement = msgspec.structs.replace(measurement, startup=startup)
+    communication = None
+    if measurement.outcome.kind == "ok":
+        communication = ranks.communication()
+    return Answer(
+        rank=_rank(place, measurement, run),
+        measurement=measurement,
+        communication=communication,
+        lost=lost,
+    )
+
+
+class _Question(msgspec.Struct):
+    case: Case
+    plan: Plan
+    cache: str
+    trace: str | None = None
+
+
+def _rank(place: Place, measurement: Measurement, run: CaseRun) -> Rank:
+    return Rank(
+        rank=place.rank,
+        node=place.node,
+        host=platform.node(),
+        facts=measurement.facts,
+        startup=measurement.startup,
+        samples=measurement.samples,
+        before_reduce_ns=run.before_reduce_ns,
+        blocks=run.exchange_blocks,
+    )
+
+
+def join(device: torch.device, deadline_s: float) -> None:
+    """Make the process group of all ranks; hosts talk by gloo in any case."""
+    backend = dist.get_default_backend_for_device(device)
+    both = backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}"
+    dist.init_process_group(both, timeout=timedelta(seconds=deadline_s))
+    dist.broadcast(torch.zeros(1), 0)
+
+
+_LOST = re.compile(
+    r"[Cc]onnection (?:was )?(?:closed|reset|refused)|[Rr]emote process|Broken pipe|NCCL.*remote|unhandled system error"
+    r"|Socket closed|peer"
+)
+
+
+def has_lost_another(error: BaseException) -> bool:
+    """Whether `error` says that another rank is gone: gloo and NCCL each have words for it."""
+    return isinstance(error, dist.DistError | RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def take_device(local_rank: int) -> None:
+    """Let this process see one CUDA device only, its own; call it before CUDA starts."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = [name for name in visible.split(",") if name] if visible is not None else None
+    if listed is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(local_rank)
+    elif local_rank < len(listed):
+        os.environ["CUDA_VISIBLE_DEVICES"] = listed[local_rank]
+
+
+def _talk_from(address: str) -> None:
+    """Let gloo use the interface that has this address; it would take what the host's name resolves to."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _stack_file(rank: int) -> Path:
+    return Path(tempfile.gettempdir(), f"rank-{rank}.stack")
+
+
+def _leave() -> NoReturn:
+    """End this process at once, so that the launcher ends the others."""
+    os._exit(1)
