@@ -311,6 +311,9 @@ class CaseRun:
                 "no_device_clock",
                 f"{self._device.type} has no timing events here: phases are host times, and the device may lag behind",
             )
+        if self.world.size > 1 and isinstance(data.dataset, torch.utils.data.IterableDataset):
+            text = "an IterableDataset shares nothing out by itself: each rank may read all of it"
+            self._note("iterable_not_shared", text)
         if samples is not None and samples < settings.batch_size:
             self._note("small_dataset", f"a batch of {settings.batch_size} repeats the {samples} samples there are")
 
@@ -369,7 +372,7 @@ class CaseRun:
             fits = (end_ns - host_clock()) // self.recent_step_ns()
             run_block(self._stages, self.world.agree(max(min(LEAD_IN, fits // 4), size)), None)
         self._memory.begin()
-        window = CounterWindow()
+        window = CounterWindow(session=self.world.size > 1)
         begin_ns = host_clock()
         pair = 0
         while True:
@@ -404,7 +407,7 @@ class CaseRun:
             first, last = self._block_stamps[0][0], self._block_stamps[-1][1]
             begin_ns = max(begin_ns, done_ns - self._device_clock.span_ns(first, last))
         self._read_telemetry(begin_ns, done_ns)
-        self.conclude(window.counters(), window.notes(torch.get_num_threads()))
+        self.conclude(window.counters(), window.notes(torch.get_num_threads() * self.world.local_size))
 
     def conclude(self, counters: Counters, notes: Sequence[Note]) -> None:
         """Keep what was counted while the steady steps ran, and what was in force then."""

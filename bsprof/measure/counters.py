@@ -50,7 +50,8 @@ class Machine(NamedTuple):
     pressure_s: float | None
     """Wall time in which at least one process waited for a core."""
     own_s: float
-    """Core time of this process, of its multiprocessing children and of all their children that have ended."""
+    """Core time of this program: of this process, its multiprocessing children and all their children that have ended,
+    or of all processes of its session."""
     throttling: cgroup.Throttling | None
 
 
@@ -58,17 +59,19 @@ class CounterWindow:
     """Counts from its making to `close()`; both ends cost well under a millisecond and nothing runs in between.
 
     What it reads about the machine lies outside what it reads about the process, so that one does not count the other.
+    `session`: all processes of this one's session are this program, as where ranks train together.
     """
 
-    def __init__(self) -> None:
-        self._machine = read_machine()
+    def __init__(self, *, session: bool = False) -> None:
+        self._session = session
+        self._machine = read_machine(session=session)
         self._end: tuple[Machine, _Process] | None = None
         self._process = _read_process()
 
     def close(self) -> None:
         """End the window. Closing again moves its end."""
         process = _read_process()
-        self._end = read_machine(), process
+        self._end = read_machine(session=self._session), process
 
     def counters(self) -> Counters:
         """Return what was counted for this process alone, all its threads included. Closes the window if it is open."""
@@ -216,8 +219,11 @@ def _change(before: float | None, after: float | None) -> float | None:
 # --- reading ----------------------------------------------------------------------------------------
 
 
-def read_machine(root: Path = cgroup.ROOT) -> Machine:
-    """Read everything that `contention_notes` compares. `root` is `/` but for tests."""
+def read_machine(root: Path = cgroup.ROOT, *, session: bool = False) -> Machine:
+    """Read everything that `contention_notes` compares. `root` is `/` but for tests.
+
+    `session` counts all processes of this one's session as its own: reading every process takes some milliseconds.
+    """
     user, nice, system, idle, iowait, irq, softirq, steal = _cpu_times(root) or (None,) * 8
     counted = None not in (user, nice, system, idle, iowait, irq, softirq)
     return Machine(
@@ -226,7 +232,7 @@ def read_machine(root: Path = cgroup.ROOT) -> Machine:
         idle_s=_total(idle, iowait) if counted else None,
         stolen_s=steal,
         pressure_s=_pressure_s(root),
-        own_s=_own_s(),
+        own_s=_session_s() if session else _own_s(),
         throttling=cgroup.throttling(root),
     )
 
@@ -264,6 +270,17 @@ def _process_s(pid: int) -> float:
     # The second field is the command's name in parentheses, and may hold anything, blanks and parentheses included.
     fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return sum(int(ticks) for ticks in fields[11:15]) / _TICKS_PER_S
+
+
+def _session_s() -> float:
+    """Return the CPU time of all processes of this session and of their ended children; Linux alone tells."""
+    session = str(os.getsid(0))
+    found = 0.0
+    for entry in Path("/proc").glob("[0-9]*"):
+        fields = _read(entry / "stat").rpartition(")")[2].split()
+        if len(fields) > 15 and fields[3] == session:
+            found += sum(int(ticks) for ticks in fields[11:15]) / _TICKS_PER_S
+    return found or _own_s()
 
 
 class _Process(NamedTuple):

@@ -12,7 +12,7 @@ from bsprof.diagnosis import diagnose
 from bsprof.loader import measuring as watching
 from bsprof.loading import LoaderRequest
 from bsprof.measure import case as measuring
-from bsprof.measure import environment, pair, ranks, rates, selftest
+from bsprof.measure import environment, pair, ranks, rates, selftest, world
 from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
@@ -66,6 +66,8 @@ def check_names(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     request = msgspec.json.decode(payload, type=PrepareRequest)
     for model, data in dict.fromkeys((s.model, s.data) for s in request.settings):
         registry.check_names(model, data)
+    for hook in dict.fromkeys(s.comm_hook for s in request.settings if s.comm_hook != "none"):
+        world.find_hook(hook)
     return b"null"
 
 
@@ -86,7 +88,7 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     emit = measuring.throttled(emit)
     trace = Path(request.trace) if request.trace else None
     if request.case.settings and request.case.settings.world_size > 1:
-        world = ranks.measure(
+        together = ranks.measure(
             request.case,
             request.plan,
             cache=cache_dir(),
@@ -95,7 +97,7 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
             trace=trace,
             meeting=request.meeting,
         )
-        return store.to_json(world)
+        return store.to_json(together)
     measurement = measuring.measure(
         request.case,
         request.plan,
