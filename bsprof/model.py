@@ -312,6 +312,8 @@ class Profile(Noun, frozen=True, kw_only=True):
     launches: int | None = None
     kernels_ns: int | None = None
     """Sum over all kernels: their shares' denominator."""
+    collectives_ns: int | None = None
+    """Time in which at least one kernel of NCCL's (on ROCm RCCL's) ran; null where none did."""
     kernels: tuple[Hotspot, ...] = ()
     """The costliest kernels, most time first."""
     copies: tuple[Copy, ...] = ()

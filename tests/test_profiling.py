@@ -129,6 +129,20 @@ def test_kernels_side_by_side_on_two_streams_are_busy_once():
     assert profile.kernels_ns == 240_000
 
 
+def test_collectives_that_run_beside_each_other_count_once_and_no_other_kernel_does():
+    trace = Trace()
+    trace.phase("backward", 0, 100)
+    name = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    trace.kernel(trace.call("cudaLaunchKernel", 1), 50, 100, name=name, stream=COPIES)
+    trace.kernel(trace.call("cudaLaunchKernel", 2), 120, 50, name=name, stream=COPIES + 1)
+    trace.kernel(trace.call("cudaLaunchKernel", 3), 0, 400)
+    assert trace.read("backward").collectives_ns == 120_000
+    lonely = Trace()
+    lonely.phase("backward", 0, 100)
+    lonely.kernel(lonely.call("cudaLaunchKernel", 1), 0, 10)
+    assert lonely.read("backward").collectives_ns is None
+
+
 def test_copies_and_memsets_are_work_too_but_no_kernels():
     trace = Trace()
     trace.phase("h2d", 0, 50)

@@ -36,7 +36,7 @@ from bsprof import store as results
 from bsprof.measure import world
 from bsprof.measure.case import CaseRun, Emit, throttled
 from bsprof.measure.clock import host_clock, present_device
-from bsprof.model import Case, Communication, Measurement, Outcome, Plan, Rank
+from bsprof.model import Case, Communication, Measurement, Outcome, Plan, Profile, Rank
 from bsprof.noun import Note
 
 PRELOAD = ("bsprof.measure.ranks",)
@@ -447,13 +447,19 @@ def measure_as(place: Place, store: Store, requested_ns: int, entered_ns: int) -
     measurement = msgspec.structs.replace(measurement, startup=startup)
     communication = None
     if measurement.outcome.kind == "ok":
-        communication = ranks.communication()
+        communication = _traced(ranks.communication(), measurement.profile)
     return Answer(
         rank=_rank(place, measurement, run),
         measurement=measurement,
         communication=communication,
         lost=lost,
     )
+
+
+def _traced(communication: Communication, profile: Profile | None) -> Communication:
+    if profile is None or profile.collectives_ns is None or not profile.steps:
+        return communication
+    return msgspec.structs.replace(communication, collectives_ns=profile.collectives_ns // profile.steps)
 
 
 class _Question(msgspec.Struct):

@@ -29,6 +29,8 @@ _CALLS = ("_runtime", "_driver")
 """How the categories of launching calls end, on CUDA (`cuda_runtime`, `cuda_driver`: Triton's kernels) and on XPU."""
 _COPY = re.compile(r"Memcpy (?P<way>\w+) \((?P<source>[^)]*?) -> (?P<target>[^)]*)\)")
 _HOST_MEMORY = ("Pinned", "Pageable")
+_COLLECTIVE = "nccl"
+"""How the names of NCCL's and RCCL's kernels begin: `ncclDevKernel_AllReduce_Sum_f32_RING_LL(…)`."""
 
 Interval = tuple[int, int]
 """Start and end in nanoseconds."""
@@ -85,6 +87,7 @@ def read_trace(content: bytes, phases: Sequence[str], *, steps: int, wall_ns: in
         for event in events
         if event.cat in _ON_DEVICE and launched_at.get(_call(event), spans.start(event)) >= window
     ]
+    collectives = [event for event in activities if event.cat == "kernel" and event.name.startswith(_COLLECTIVE)]
     kernels = _hotspots((event.name, spans.duration(event)) for event in activities if event.cat == "kernel")
     operators = _hotspots(
         _own_times([event for event in events if event.cat == "cpu_op" and spans.start(event) >= window], spans)
@@ -97,6 +100,7 @@ def read_trace(content: bytes, phases: Sequence[str], *, steps: int, wall_ns: in
         busy_total_ns=union_ns(map(spans.of, activities)) if activities else None,
         launches=_launches(activities) if activities else None,
         kernels_ns=sum(kernel.ns for kernel in kernels) if activities else None,
+        collectives_ns=union_ns(map(spans.of, collectives)) if collectives else None,
         kernels=kernels[:TOP],
         copies=_copies(activities, spans),
         operators_ns=sum(operator.ns for operator in operators),
