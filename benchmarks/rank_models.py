@@ -60,13 +60,13 @@ class LateImages(Images):
         return super().__getitem__(index)
 
 
-def prompt_hook(state, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - DDP refuses strings as annotations
+def prompt_hook(state, bucket):  # type: ignore[no-untyped-def]
     """Exchange a bucket as DDP itself does."""
     return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
 
-def slow_hook(state, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """The same, and the first bucket of a step 10 ms later."""
+def slow_hook(state, bucket):  # type: ignore[no-untyped-def]
+    """Do the same, with the first bucket of a step 10 ms later."""
     if bucket.index() == 0:
         time.sleep(HOOK_S)
     return prompt_hook(state, bucket)

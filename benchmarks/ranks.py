@@ -1,4 +1,4 @@
-"""Whether what is said of ranks is true: a late one is named, and a slower exchange comes back as exposed communication.
+"""Whether what is said of ranks is true: a late one is named, a slower exchange is found as exposed communication.
 
     python -m benchmarks.ranks [--quick] [--repeats N] [--only CHECK[,CHECK]] [--json FILE]
 
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from bsprof.exchange import late
+from bsprof.scaling import scaled
 
 from benchmarks.rank_models import BATCH, HOOK_S
 from bsprof import stats, store
 from bsprof.errors import Exit
-from bsprof.exchange import late
 from bsprof.metrics import CaseSummary, summarise
 from bsprof.model import Result
-from bsprof.scaling import scaled
 from bsprof.sweep.runner import describe_environment
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def _told(found: Counter[str]) -> str:
 
 
 def check_hook(repeats: int) -> Found:
-    """A hook that takes 10 ms longer comes back as 10 ms more of exposed communication."""
+    """Plant 10 ms in a hook: as much more of exposed communication must come back."""
     more = []
     for _ in range(max(3, repeats // 4)):
         hooks = f"{MODELS}prompt_hook,{MODELS}slow_hook"

@@ -105,7 +105,7 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
             report_largest.render_searches(expansion.cases, plan, plan.largest_batch, terminal.console())
             return Exit.DONE
         left = [case for case in expansion.cases if (case.key, case.process) not in done]
-        terminal.render_cases(left, f"at most {expected_s(plan, len(left)):.0f} s", terminal.console())
+        terminal.render_cases(left, f"at most {expected_s(plan, left):.0f} s", terminal.console())
         return Exit.DONE
     with notices.status("preparing the data") if notices.is_terminal else contextlib.nullcontext():
         prepare(settings, plan)
@@ -175,8 +175,9 @@ def _sweep(
         varying = [name for name in AXES if name in (*expansion.varying, "batch_size")]
         with Progress(notices, None, varying, 0.0) as progress:
             return search(expansion.cases, plan, executor, journal, progress, stop, done)
-    left = len(expansion.cases) - len(done)
-    with Progress(notices, left, expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
+    finished = {(one.case.key, one.case.process) for one in done}
+    left = [case for case in expansion.cases if (case.key, case.process) not in finished]
+    with Progress(notices, len(left), expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
         return Searched(sweep(expansion.cases, plan, executor, journal, progress, stop, done), [])
 
 

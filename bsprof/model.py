@@ -479,7 +479,7 @@ class Measurement(Noun, frozen=True, kw_only=True):
     """One case: what it was, how it ended, what was measured.
 
     Of a case with several ranks `samples` and all else here are those of the slowest rank, but for the batch size,
-    which is that of all ranks together.
+    which is that of all ranks together, and the energy, which is that of all their devices.
     """
 
     case: Case

@@ -33,7 +33,19 @@ import msgspec
 from bsprof.errors import BsprofError
 from bsprof.files import sync_directory, write_whole
 from bsprof.loading import Loading
-from bsprof.model import AXES, SCHEMA, Environment, Gate, LargestBatchSearch, Measurement, Plan, Result, Samples, Stop
+from bsprof.model import (
+    AXES,
+    SCHEMA,
+    Environment,
+    Gate,
+    LargestBatchSearch,
+    Measurement,
+    Plan,
+    Rank,
+    Result,
+    Samples,
+    Stop,
+)
 from bsprof.noun import Noun
 
 T = TypeVar("T")
@@ -119,8 +131,18 @@ def _check_schema(path: Path, content: Any) -> None:
 
 def _check_measurement(place: str, measurement: Measurement) -> None:
     _check_samples(f"{place}.samples", measurement.samples)
+    for index, rank in enumerate(measurement.ranks):
+        _check_rank(f"{place}.ranks[{index}]", rank)
     if measurement.loading is not None:
         _check_loading(f"{place}.loading", measurement.loading)
+
+
+def _check_rank(place: str, rank: Rank) -> None:
+    """Raise BsprofError where a rank's arrays that hold one entry a step disagree."""
+    _check_samples(f"{place}.samples", rank.samples)
+    steps = len(rank.samples.step_ns) if rank.samples else 0
+    if rank.before_reduce_ns is not None and len(rank.before_reduce_ns) != steps:
+        raise BsprofError(f"{place}.before_reduce_ns: {len(rank.before_reduce_ns)} entries for {steps} steps")
 
 
 def _check_loading(place: str, loading: Loading) -> None:

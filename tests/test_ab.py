@@ -100,6 +100,7 @@ def test_what_would_disturb_the_other_side_has_processes_of_its_own():
 
     assert shared({}, {"batch_size": 64, "threads": 1})
     assert not shared({}, {"workers": 1}) and not shared({"workers": 1}, {"workers": 1})
+    assert not shared({}, {"world_size": 2})
     assert not shared({}, {"deterministic_algorithms": True})
     assert not shared({}, {}, directory="/elsewhere") and not shared({}, {}, python="other")
     assert not can_share_a_process(Side("a", here, script=("a.py",)), Side("b", here, script=("b.py",)), here)

@@ -105,11 +105,6 @@ def test_defaults_that_mean_nothing_are_collapsed_without_a_word():
     assert collapse(Settings(workers=1), CPU).pin_memory is None
 
 
-def test_more_than_one_rank_is_not_yet_supported():
-    with pytest.raises(BsprofError, match=r"world_size.*not yet supported"):
-        expand(Plan(axes=Axes(world_size=(1, 2))), CPU)
-
-
 def test_no_values_are_refused():
     with pytest.raises(BsprofError, match=r"\$\.axes\.workers: no values"):
         expand(Plan(axes=Axes(workers=())), CPU)

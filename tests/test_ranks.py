@@ -11,7 +11,20 @@ from machines import environment
 
 from bsprof.errors import BsprofError
 from bsprof.measure.ranks import Answer, hanging, has_lost_another, put_together
-from bsprof.model import Axes, Case, Environment, Measurement, Outcome, Plan, Rank, Samples, Settings, case_key
+from bsprof.model import (
+    Axes,
+    Case,
+    Energy,
+    Environment,
+    Measurement,
+    Outcome,
+    Plan,
+    Rank,
+    Samples,
+    Settings,
+    Telemetry,
+    case_key,
+)
 from bsprof.noun import Note
 from bsprof.sweep.plan import collapse, expand, worlds
 from bsprof.workloads.loading import EndlessSampler
@@ -216,6 +229,21 @@ def test_the_figures_are_those_of_the_slowest_rank():
     assert told.samples.step_ns == [12] * 4
     assert told.samples.batch_size == 6
     assert [one.rank for one in told.ranks] == [0, 1, 2]
+
+
+def energetic(rank: int, joules: float | None) -> Answer:
+    energy = Energy(
+        joules=joules, source="counter", window_ns=10**9, steps=4.0, updates=9, resolvable=joules is not None
+    )
+    return answer(rank, telemetry=Telemetry(source="nvml", time_ns=[0], window_ns=10**9, energy=energy))
+
+
+def test_energy_is_that_of_all_devices_or_not_told():
+    whole = put_together(CASE, {rank: energetic(rank, 8.0 + rank) for rank in range(3)}, {}, None, None)
+    assert whole.telemetry.energy.joules == pytest.approx(27)
+    part = put_together(CASE, {rank: energetic(rank, 8.0 if rank else None) for rank in range(3)}, {}, None, None)
+    assert part.telemetry.energy.joules is None
+    assert not part.telemetry.energy.resolvable
 
 
 def test_the_cause_goes_before_those_that_only_lost_a_peer():

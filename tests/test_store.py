@@ -33,6 +33,7 @@ from bsprof.model import (
     Measurement,
     Outcome,
     Plan,
+    Rank,
     Result,
     Samples,
     Settings,
@@ -193,6 +194,8 @@ def strategy(kind):
         return st.dictionaries(strategy(args[0]), strategy(args[1]), max_size=3)
     if kind is Samples:
         return noun(Samples).map(consistent)
+    if kind is Rank:
+        return noun(Rank).map(a_mark_a_step)
     if kind is Batches:
         return batches()
     if kind is Worker:
@@ -228,6 +231,12 @@ def batches(draw):
                 values | st.none() if type(None) in typing.get_args(typing.get_args(field.type)[0]) else values
             )
     return Batches(**columns)
+
+
+def a_mark_a_step(rank):
+    steps = len(rank.samples.step_ns) if rank.samples else 0
+    before = None if rank.before_reduce_ns is None else [0] * steps
+    return msgspec.structs.replace(rank, before_reduce_ns=before)
 
 
 def consistent(samples):
@@ -454,6 +463,11 @@ def damaged(path, *place, value):
         (("measurements", 0, "samples", "step_ns", 1), -5, "[0].samples.step_ns[1]: expected int >= 0"),
         (("measurements", 0, "samples", "batch_size"), 0, "[0].samples.batch_size: expected int >= 1, got 0"),
         (("measurements", 0, "samples", "epoch_boundaries"), [3], "epoch_boundaries: there is no step 3 among 3"),
+        (
+            ("measurements", 0, "ranks"),
+            [{"rank": 0, "node": 0, "host": "h", "before_reduce_ns": [1]}],
+            "[0].ranks[0].before_reduce_ns: 1 entries for 0 steps",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, place, value, message):

@@ -36,7 +36,7 @@ from bsprof import store as results
 from bsprof.measure import world
 from bsprof.measure.case import CaseRun, Emit, throttled
 from bsprof.measure.clock import host_clock, present_device
-from bsprof.model import Case, Communication, Measurement, Outcome, Plan, Profile, Rank
+from bsprof.model import Case, Communication, Measurement, Outcome, Plan, Profile, Rank, Telemetry
 from bsprof.noun import Note
 
 PRELOAD = ("bsprof.measure.ranks",)
@@ -267,6 +267,7 @@ def put_together(
         case=case,
         outcome=outcome,
         samples=samples,
+        telemetry=_of_all_devices(slowest, ordered),
         ranks=tuple(one.rank for one in ordered),
         communication=next((one.communication for one in ordered if one.communication), None),
         notes=tuple(_notes(ordered)),
@@ -276,6 +277,21 @@ def put_together(
 def _mean_step_ns(answer: Answer) -> float:
     samples = answer.measurement.samples
     return sum(samples.step_ns) / len(samples.step_ns) if samples and samples.step_ns else 0.0
+
+
+def _of_all_devices(slowest: Answer, answers: Sequence[Answer]) -> Telemetry | None:
+    """Return the slowest rank's telemetry with the energy of all ranks' devices; without, where one does not tell."""
+    told = slowest.measurement.telemetry
+    if told is None or told.energy is None:
+        return told
+    energies = [one.measurement.telemetry and one.measurement.telemetry.energy for one in answers]
+    joules = [one.joules / one.steps for one in energies if one and one.resolvable and one.joules and one.steps]
+    if len(joules) < len(answers):
+        reason = told.energy.reason or "a rank's device does not tell its energy"
+        energy = msgspec.structs.replace(told.energy, joules=None, resolvable=False, reason=reason)
+    else:
+        energy = msgspec.structs.replace(told.energy, joules=sum(joules) * told.energy.steps)
+    return msgspec.structs.replace(told, energy=energy)
 
 
 def _outcome(answers: Sequence[Answer], exit_codes: Mapping[int, int], failure: str | None, size: int) -> Outcome:

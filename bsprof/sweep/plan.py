@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
@@ -21,6 +21,8 @@ QUICK_BUDGET_S = 24.0
 """Time that the cases of a default plan share. With starting up it is about 2 minutes, or 30 s."""
 AROUND_S = 2.5
 """A case's process, its data, its epoch's end and reading the profiler's trace take about as much on two cores."""
+WORLD_START_S = 6.0
+"""Ranks come from a server of their own, that loads torch, and find each other: 4 to 8 s on two cores."""
 MOST_CASES = 100_000
 """More than any sweep would ever finish: beyond it a plan is a slip."""
 CASE_TIME_RANGE_S = (5.0, 20.0)
@@ -221,9 +223,10 @@ def convert_flags(fields: Mapping[str, Any]) -> Plan:
         raise BsprofError(f"--{flag}: {fault[:1].lower()}{fault[1:]}", hint="see `bsprof bench --help`") from error
 
 
-def expected_s(plan: Plan, cases: int) -> float:
+def expected_s(plan: Plan, cases: Sequence[Case]) -> float:
     """Return the most that a sweep should take: every case to its time's end, and what lies around that."""
-    return cases * (plan.stop.max_case_time_s + AROUND_S)
+    worlds = sum(case.settings is not None and case.settings.world_size > 1 for case in cases)
+    return len(cases) * (plan.stop.max_case_time_s + AROUND_S) + worlds * WORLD_START_S
 
 
 def parse_values(axis: Axis, text: str, flag: str) -> tuple[Any, ...]:

@@ -52,11 +52,11 @@ Pair = tuple[Measurement, Measurement]
 
 
 def can_share_a_process(a: Side, b: Side, here: Interpreter) -> bool:
-    """Whether both sides can take turns in one process: this code, no workers, nothing that cannot be switched."""
+    """Whether both sides can take turns in one process: this code, one rank, no workers, nothing beyond switching."""
     if not a.interpreter == b.interpreter == here or a.settings is None or b.settings is None:
         return False
     alike = all(getattr(a.settings, axis) == getattr(b.settings, axis) for axis in OF_THE_PROCESS)
-    return alike and a.settings.workers == b.settings.workers == 0
+    return alike and all(one.workers == 0 and one.world_size == 1 for one in (a.settings, b.settings))
 
 
 class Bench:
