@@ -6,10 +6,12 @@ from itertools import islice
 
 import psutil
 import pytest
+import torch
 from commands import by_name, only_result, run
 from machines import environment
 
 from bsprof.errors import BsprofError
+from bsprof.measure.case import CaseRun
 from bsprof.measure.ranks import Answer, hanging, has_lost_another, put_together
 from bsprof.model import (
     Axes,
@@ -25,6 +27,7 @@ from bsprof.model import (
     Telemetry,
     case_key,
 )
+from bsprof.measure.world import Alone
 from bsprof.noun import Note
 from bsprof.sweep.plan import collapse, expand, worlds
 from bsprof.workloads.loading import EndlessSampler
@@ -148,6 +151,29 @@ def test_a_hook_of_ones_own_is_part_of_the_exchange(tmp_path):
 
     assert {name: one.outcome.kind for name, one in found.items()} == {"none": "ok", "slow_hook": "ok", "fp16": "ok"}
     assert exposed("slow_hook") - exposed("none") > 5
+
+
+class OneOfFour(Alone):
+    """Rank 2 of four on this machine, whose peers are not needed to build."""
+
+    rank = local_rank = 2
+    size = local_size = 4
+
+
+def test_ranks_share_the_cores_and_workers_beyond_them_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("bsprof.measure.case.cores_of_this_process", lambda: 6)
+    threads = torch.get_num_threads()
+    found = {}
+    for workers in (1, 2):
+        settings = Settings(model="mnist_cnn", data="synthetic", image_size=28, workers=workers, world_size=4)
+        case = Case(key="k", settings=settings)
+        run = CaseRun(case, Plan(malloc="default"), tmp_path, lambda *_: None, None, world=OneOfFour())
+        run.build()
+        found[workers] = [note.text for note in run.notes]
+        assert run.facts.threads == 1
+    torch.set_num_threads(threads)
+    assert found[1] == []
+    assert found[2] == ["4 ranks with 2 workers each: 8 processes on this machine load with 6 cores"]
 
 
 # --- data -------------------------------------------------------------------------------------------

@@ -314,6 +314,11 @@ class CaseRun:
         if self.world.size > 1 and isinstance(data.dataset, torch.utils.data.IterableDataset):
             text = "an IterableDataset shares nothing out by itself: each rank may read all of it"
             self._note("iterable_not_shared", text)
+        here, cores = self.world.local_size * settings.workers, cores_of_this_process()
+        if self.world.size > 1 and here > cores:
+            each = f"{self.world.local_size} ranks with {settings.workers} workers each"
+            text = f"{each}: {here} processes on this machine load with {cores} cores"
+            self._note("workers_beyond_cores", text)
         if samples is not None and samples < settings.batch_size:
             self._note("small_dataset", f"a batch of {settings.batch_size} repeats the {samples} samples there are")
 
