@@ -29,6 +29,7 @@ FLOORS = {
     "compare": 1,
     "diagnosis": 1,
     "evidence": 1,
+    "exchange": 1,
     "findings": 1,
     "history": 1,
     "metrics": 1,
