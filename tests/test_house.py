@@ -36,6 +36,7 @@ FLOORS = {
     "noise": 1,
     "readings": 1,
     "replay": 1,
+    "scaling": 1,
     "stats": 1,
     "loader": 2,
     "measure": 2,
