@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from bsprof import stats
+from bsprof import exchange, stats
 from bsprof.ceilings import Bound
 from bsprof.model import AXES, PHASES, Backends, Case, Ceilings, Facts, Measurement, Memory, Profile, Result, Settings
 from bsprof.noun import Note
@@ -28,7 +28,7 @@ from bsprof.stats import Estimate
 
 Number = float | None
 Value = Estimate | float | None
-Unit = Literal["s", "1/s", "share", "count", "B", "J", "W", "MHz"]
+Unit = Literal["s", "1/s", "share", "count", "B", "B/s", "J", "W", "MHz"]
 
 
 # --- how each metric is computed from one process ------------------------------------------------------
@@ -204,7 +204,7 @@ def _energy(reading: Reading) -> Number:
 
 
 def _energy_per_sample(reading: Reading) -> Number:
-    energy, batch = _energy(reading), reading.samples.batch_size
+    energy, batch = _energy(reading), reading.batch_of_a_rank  # it is one rank's device that was read
     return energy / batch if energy is not None and batch else None
 
 
@@ -214,6 +214,25 @@ def _sampler(reading: Reading) -> Number:
         return None
     span = told.time_ns[-1] - told.time_ns[0]
     return told.sampler_cpu_ns / span if span > 0 else None
+
+
+# --- what ranks cost each other --------------------------------------------------------------------------
+
+
+def _exposed(reading: Reading) -> Number:
+    found = exchange.exposed(reading)
+    return found.value if found else None
+
+
+def _skew(reading: Reading) -> Number:
+    found = exchange.skew(reading)
+    return found.value if found else None
+
+
+def _told_of_exchange(field: str, reading: Reading) -> Number:
+    found = exchange.exchange(reading)
+    value: Number = getattr(found, field) if found else None
+    return value
 
 
 # --- the registry --------------------------------------------------------------------------------------
@@ -380,6 +399,50 @@ _METRICS = (
         "higher",
         "least time that the binding ceiling leaves / median step",
         lambda r: r.bounds[0].share if r.bounds else None,
+    ),
+    Metric(
+        "exposed",
+        "exposed communication",
+        "s",
+        "lower",
+        "what exchanging gradients adds to a step, signed",
+        _exposed,
+        stats.mean,
+        exchange.exposed,
+    ),
+    Metric(
+        "exposed_share",
+        "exposed communication",
+        "share",
+        "lower",
+        "exposed communication / mean step, signed",
+        lambda r: _of_mean_step(_exposed(r), r),
+    ),
+    Metric(
+        "skew",
+        "skew",
+        "s",
+        "lower",
+        "slowest rank - mean of the ranks, without an exchange",
+        _skew,
+        within=exchange.skew,
+    ),
+    Metric(
+        "hidden_communication",
+        "hidden communication",
+        "share",
+        "higher",
+        "share of the exchange beside which backward computed",
+        partial(_told_of_exchange, "hidden"),
+    ),
+    Metric(
+        "bus_bandwidth",
+        "bus bandwidth",
+        "B/s",
+        "higher",
+        "2 (p - 1) / p x bytes of a step's exchange / its time",
+        partial(_told_of_exchange, "bus_bandwidth"),
+        stats.between,
     ),
     Metric("sampler_share", "sampler", "share", "lower", "telemetry's own share of one core", _sampler),
     # What the founding experiments printed, by their names: train-and-load time and load time, a batch.

@@ -15,7 +15,18 @@ import numpy.typing as npt
 
 from bsprof import ceilings, stats
 from bsprof.ceilings import Bound
-from bsprof.model import Block, Ceilings, Measurement, Memory, Profile, Samples, Startup, Telemetry
+from bsprof.model import (
+    Block,
+    Ceilings,
+    Communication,
+    Measurement,
+    Memory,
+    Profile,
+    Rank,
+    Samples,
+    Startup,
+    Telemetry,
+)
 from bsprof.stats import Estimate
 
 Floats = npt.NDArray[np.float64]
@@ -24,8 +35,8 @@ Floats = npt.NDArray[np.float64]
 class Reading:
     """The samples of one process as arrays, each converted once and only if a metric asks for it.
 
-    `measurement` adds what was captured beside the samples (profile, memory, telemetry), `rates` what the machine can
-    do.
+    `measurement` adds what was captured beside the samples (profile, memory, telemetry, ranks), `rates` what the
+    machine can do.
 
     The *primary clock* is the device's where it was captured, else the host's. Steady steps are all steps but
     those in which an epoch ended.
@@ -45,6 +56,8 @@ class Reading:
         self.memory: Memory | None = measurement.memory if measurement else None
         self.profile: Profile | None = measurement.profile if measurement else None
         self.telemetry: Telemetry | None = measurement.telemetry if measurement else None
+        self.ranks: tuple[Rank, ...] = measurement.ranks if measurement else ()
+        self.communication: Communication | None = measurement.communication if measurement else None
         self._serialised = measurement.serialised if measurement else None
         self._rates = rates
         self.has_device_clock = samples.device_step_ns is not None
@@ -61,6 +74,11 @@ class Reading:
         if not count:
             return {}
         return {phase: (sum(ns) - sum(ns[index] for index in left_out)) / count * 1e-9 for phase, ns in phases.items()}
+
+    @property
+    def batch_of_a_rank(self) -> int | None:
+        """Samples that one rank has in a step; of a training in one process simply its batch."""
+        return self.settings.batch_size if self.ranks and self.settings else self.samples.batch_size
 
     @cached_property
     def step(self) -> Floats:
@@ -150,7 +168,7 @@ class Reading:
     @cached_property
     def distortion(self) -> Estimate | None:
         """What recording adds to a step, as a fraction: instrumented / bare - 1, over neighbouring blocks."""
-        pairs = _neighbours(self.samples.blocks)
+        pairs = neighbours(self.samples.blocks, ("instrumented", "bare"))
         if not pairs:
             return None
         return excess(stats.paired_ratio([a for a, _ in pairs], [b for _, b in pairs]))
@@ -162,17 +180,22 @@ def excess(ratio: Estimate) -> Estimate:
     return ratio._replace(value=ratio.value - 1, low=low, high=high)
 
 
-def _neighbours(blocks: Sequence[Block]) -> list[tuple[float, float]]:
-    """Nanoseconds a step of each (instrumented, bare) pair of neighbours; no block is used twice."""
+def neighbours(blocks: Sequence[Block], kinds: tuple[str, str]) -> list[tuple[float, float]]:
+    """Return nanoseconds a step of each pair of neighbours of these two kinds; no block is used twice."""
     pairs: list[tuple[float, float]] = []
     waiting: Block | None = None
     for block in blocks:
-        if block.steps < 1 or block.wall_ns < 1:
+        if block.steps < 1 or wall_ns(block) < 1 or block.kind not in kinds:
             waiting = None
         elif waiting is None or waiting.kind == block.kind:
             waiting = block
         else:
-            both = {one.kind: (one.device_wall_ns or one.wall_ns) / one.steps for one in (waiting, block)}
-            pairs.append((both["instrumented"], both["bare"]))
+            both: dict[str, float] = {one.kind: wall_ns(one) / one.steps for one in (waiting, block)}
+            pairs.append((both[kinds[0]], both[kinds[1]]))
             waiting = None
     return pairs
+
+
+def wall_ns(block: Block) -> int:
+    """Return how long a block took, by the device's clock where it was captured."""
+    return block.device_wall_ns or block.wall_ns

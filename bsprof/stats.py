@@ -249,6 +249,21 @@ def spread(values: Numbers) -> float | None:
     return math.expm1(max(logs) - min(logs))
 
 
+def mean(values: Numbers, level: float = 0.95) -> Estimate:
+    """Return the mean of independent values of any sign, as differences are, with Student's t interval.
+
+    One value has no interval. Raises ValueError for values that are none or not finite.
+    """
+    if not 0 < level < 1:
+        raise ValueError("level must lie between 0 and 1")
+    numbers = _checked(values).tolist()
+    n, centre = len(numbers), math.fsum(numbers) / len(numbers)
+    if n < 2:
+        return Estimate(centre, None, None, n, float(n))
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(_squares(numbers) / (n - 1) / n)
+    return Estimate(centre, centre - half, centre + half, n, float(n))
+
+
 # --- two sides --------------------------------------------------------------------------------------
 
 POWER = 0.8

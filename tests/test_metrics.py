@@ -3,6 +3,7 @@ from typing import get_args
 import msgspec
 import numpy as np
 import pytest
+from worlds import world
 
 from bsprof import findings, stats
 from bsprof.metrics import METRICS, CaseSummary, Unit, find_metric, phase_metrics, summarise, varying_axes
@@ -236,12 +237,15 @@ def test_no_interval_is_sought_inside_processes_that_are_several(monkeypatch):
 def test_a_value_is_that_in_the_middle_of_its_interval():
     rng = np.random.default_rng(1)
     times = (rng.lognormal(0, 0.1, 100) * 10 * MS).astype(int).tolist()
-    reading = Reading(taken(step_ns=times, host_ns={}))
+    ranks = world(2)
+    readings = Reading(taken(step_ns=times, host_ns={})), Reading(ranks.samples, measurement=ranks)
     with_intervals = [metric for metric in METRICS.values() if metric.within is not None]
-    assert {metric.key for metric in with_intervals} == {"step", "throughput", "train_and_load", "distortion"}
+    named = {"step", "throughput", "train_and_load", "distortion", "exposed", "skew"}
+    assert {metric.key for metric in with_intervals} == named
     for metric in with_intervals:
-        within = metric.within(reading)
-        assert metric.compute(reading) == (None if within is None else within.value)
+        for reading in readings:
+            within = metric.within(reading)
+            assert metric.compute(reading) == (None if within is None else within.value)
 
 
 def test_distortion_of_several_processes_may_be_negative():

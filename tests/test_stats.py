@@ -16,6 +16,7 @@ from bsprof.stats import (
     fit_line,
     geometric_mean,
     is_steady,
+    mean,
     median,
     middle,
     paired_ratio,
@@ -182,6 +183,15 @@ def test_pairing_takes_out_what_both_sides_share():
     assert ratio.precision < 1e-9
 
 
+@pytest.mark.parametrize("pairs", [2, 4, 12])
+def test_the_interval_of_a_mean_covers_it_whatever_its_sign(pairs):
+    rng = np.random.default_rng(21)
+    differences = -0.3 + rng.standard_normal((SERIES, pairs))
+    found = [mean(one) for one in differences]
+    assert 0.93 <= np.mean([one.low <= -0.3 <= one.high for one in found]) <= 0.97
+    assert found[0].value == pytest.approx(differences[0].mean())
+
+
 def test_correlated_steps_are_worth_fewer_samples():
     rng = np.random.default_rng(17)
     worth = {rho: np.mean([effective_size(r) for r in autoregressive(rng, rho, (200, 200))]) for rho in (0, 0.3, 0.6)}
@@ -278,6 +288,7 @@ def test_too_few_samples_have_a_value_and_no_interval():
     assert 1 < low < 1.5 and 4.5 < high < 5
     assert between([4.0]) == Estimate(pytest.approx(4.0), None, None, 1, 1.0)
     assert paired_ratio([3.0], [2.0])[1:3] == (None, None)
+    assert mean([-4.0]) == Estimate(-4.0, None, None, 1, 1.0)
     assert spread([4.0]) is None
     assert spread([]) is None
 

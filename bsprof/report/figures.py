@@ -105,6 +105,12 @@ def size(count: float) -> str:
     return f"{value:.0f} {units[0]}" if value >= 100 or units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
+def bandwidth(bytes_per_s: float) -> str:
+    """Write a rate of bytes in decimal units, as links are sold: `48.0 GB/s`, `812 MB/s`."""
+    name, factor = ("GB/s", 1e9) if abs(bytes_per_s) >= 1e9 else ("MB/s", 1e6)
+    return f"{_three_digits(bytes_per_s / factor)} {name}"
+
+
 def thousands(count: float) -> str:
     """Write a large count shortly: `3.5 M`, `812 k`."""
     for name, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -147,6 +153,8 @@ def amount(unit: Unit, value: float) -> str:
             return duration(value)
         case "B":
             return size(value)
+        case "B/s":
+            return bandwidth(value)
         case "J":
             return energy(value)
         case "share":

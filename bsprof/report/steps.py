@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -158,13 +158,20 @@ def _distortion(case: CaseSummary, *, with_interval: bool) -> str:
 
 
 def _bar(case: CaseSummary, phases: Sequence[str], console: Console) -> Text:
-    """Draw the mean step as a bar: coloured, or made of the phases' first letters where there is no colour."""
+    """Draw the mean step as a bar of its phases."""
+    return stacked(
+        [(phase[0], _PHASE_COLOURS.get(phase, "red"), case.value(f"{phase}.share") or 0.0) for phase in phases], console
+    )
+
+
+def stacked(parts: Iterable[tuple[str, str, float]], console: Console) -> Text:
+    """Draw (letter, colour, share of the whole) as a bar: coloured, or made of the letters where there is no colour."""
     coloured = console.is_terminal and not console.no_color
     bar, total, drawn = Text(), 0.0, 0
-    for phase in phases:
-        total += max(case.value(f"{phase}.share") or 0.0, 0.0)
+    for letter, colour, share in parts:
+        total += max(share, 0.0)
         until = min(round(total * _BAR_WIDTH), _BAR_WIDTH)
-        bar.append(("█" if coloured else phase[0]) * (until - drawn), _PHASE_COLOURS.get(phase, "red"))
+        bar.append(("█" if coloured else letter) * (until - drawn), colour)
         drawn = max(until, drawn)
     return bar
 
@@ -178,6 +185,8 @@ def _legend(
         f"step: median ± 95 % interval, {'between processes' if several else 'within one process'}",
         f"phases: {times}; with other (signed) they add up to it",
     ]
+    if any(reading.ranks for case in cases for reading in case.readings):
+        parts.append("of several ranks: the slowest one's, whose backward waits for the exchange of gradients")
     if any(case.settings is not None for case in cases):
         parts.append("forward includes the loss; optimizer includes zero_grad")
     if "data" in (*shown, *negligible):

@@ -25,6 +25,7 @@ from bsprof.report.loading import render_loading, render_short
 from bsprof.report.machine import machine_lines
 from bsprof.report.machine import render_environment as render_environment
 from bsprof.report.machine import render_selftest as render_selftest
+from bsprof.report.scaling import render_scaling
 from bsprof.report.steps import render_costs, render_steps
 
 _PIPED_WIDTH = 120
@@ -98,6 +99,7 @@ def render(result: Result, console: Console, *, sweep: bool = False) -> None:
         if cases:
             render_steps(cases, varying, console)
             render_costs(cases, varying, console)
+            render_scaling(result, cases, console)
             render_device(cases, varying, result.ceilings, console)
             _render_diagnoses(result, varying, console, sweep=sweep)
         _render_notes(cases, varying, result, console)

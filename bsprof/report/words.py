@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from bsprof import findings
+from bsprof import findings, scaling
 from bsprof.findings import alike, differ
 from bsprof.metrics import CaseSummary, summarise, varying_axes
 from bsprof.model import Result
 from bsprof.report.figures import case_name, ceiling_name, duration, energy, is_telling, percent, plural, rate
+from bsprof.scaling import Scaled
 
 # TensorFlow's input-pipeline analyzer calls a program highly or moderately input-bound from these shares on.
 _HIGHLY, _MODERATELY = 0.20, 0.05
@@ -22,6 +23,10 @@ _NEAR_CEILING = 0.8
 """Share of a measured ceiling from which little is left to gain but by doing less or doing it in another dtype."""
 _SPARES = 0.05
 """Share of the energy a sample below which a difference is within what power meters of GPUs are good for."""
+_LATE = 3
+"""So many cases with a late rank are told."""
+_WORTH_A_WORD = 0.01
+"""Share of the step below which no cost of having more ranks is told."""
 _THROTTLED = {"gpu_throttled_thermal": "heat", "gpu_throttled_power": "its power limit"}
 """Notes that say that the device's clocks were held back, and by what."""
 
@@ -29,13 +34,14 @@ _THROTTLED = {"gpu_throttled_thermal": "heat", "gpu_throttled_power": "its power
 def summary(result: Result, cases: Sequence[CaseSummary] | None = None) -> list[str]:
     """Return a result in plain words, one sentence or two a line.
 
-    It says what is fastest, what bounds that, what the loader costs, what the device drew and what held it back, what
-    to try next, how far the instrumentation bent the numbers, and what failed. `cases` are the result's summaries
-    where the caller has them already.
+    It says what is fastest, what bounds that, what more ranks bring and which of them is late, what the loader costs,
+    what the device drew and what held it back, what to try next, how far the instrumentation bent the numbers, and what
+    failed. `cases` are the result's summaries where the caller has them already.
     """
     cases = summarise(result) if cases is None else cases
     told = _Told(result, cases)
-    first = [*told.fastest(), *told.bound(), *told.loader(), *told.energy(), *told.throttled()]
+    first = [*told.fastest(), *told.bound(), *told.scaling(), *told.late()]
+    first += [*told.loader(), *told.energy(), *told.throttled()]
     return [*first, *told.next(), *told.distortion(), *told.failures()]
 
 
@@ -49,6 +55,7 @@ class _Told:
         self.varying = varying_axes(case.settings for case in cases)
         self.best = findings.fastest(cases)
         self.unit = "img/s" if all(case.settings for case in cases) else "samples/s"
+        self.scaled = scaling.scaled(result, cases)
 
     def name(self, case: CaseSummary) -> str:
         return case_name(case.case, self.varying)
@@ -95,6 +102,8 @@ class _Told:
         largest = max(shares, key=lambda phase: shares[phase])
         stall = shares.get("data", 0.0)
         cost = f"{percent(shares[largest])} of the step ({duration(best.value(f'{largest}.time'))})"
+        if largest == "backward" and best.readings[0].ranks:
+            cost += ", the wait for the gradients of all ranks in it"
         waits = f"waiting for data is {percent(stall)} of the step ({duration(best.value('stall'))})"
         launching = findings.launching(best)
         if stall >= _MODERATELY:
@@ -131,6 +140,82 @@ class _Told:
             f"which asks for {percent(share)} of the step at least{as_well}{little}."
         )
 
+    # --- more ranks than one ----------------------------------------------------------------------------
+
+    def scaling(self) -> Iterator[str]:
+        """Say how well the largest world does, and what it loses the most by."""
+        several = [row for row in self.scaled if any(reading.ranks for reading in row.case.readings)]
+        held = [row for row in several if row.base is not None and row.efficiency is not None]
+        if not held:
+            if several:
+                largest = max(several, key=_ranks_and_speed)
+                yield (
+                    f"There is no smaller world to hold {largest.world} ranks against "
+                    f"(`--world-size 1,{largest.world}`){self._dearest(largest, None)}."
+                )
+            return
+        row = max(held, key=_ranks_and_speed)
+        found, base = row.efficiency, next((one for one in self.scaled if one.case is row.base), None)
+        assert found is not None and base is not None
+        times = found.value * row.world / base.world
+        of = "one" if base.world == 1 else f"{base.world}, the smallest world measured"
+        interval = ""
+        if found.low is not None and found.high is not None:
+            how = f"between {row.processes} and {base.processes} processes" if found.between else "within a process"
+            interval = f" [{percent(found.low)}, {percent(found.high)}] {how}"
+        loss = ""
+        if found.low is not None and found.high is not None and found.low <= 1:
+            loss = self._dearest(row, base) if found.high < 1 else "; it is not distinguishable from 100%"
+        yield (
+            f"{self._of_several(row)}{row.world} ranks have {times:.2f} times the {self.unit} of {of}, "
+            f"an efficiency of {percent(found.value)}{interval}{loss}."
+        )
+
+    def _of_several(self, row: Scaled) -> str:
+        """Name the settings of a case where others vary than the world."""
+        others = [name for name in self.varying if name != "world_size"]
+        return f"{case_name(row.case.case, others)}: " if others else ""
+
+    def _dearest(self, row: Scaled, base: Scaled | None) -> str:
+        """Say what surely costs a case the most of what it loses, if that is worth a word."""
+        sure = {"communication": row.exposed is not None and (row.exposed.low or 0.0) > 0, "skew": row.uneven}
+        costs = {part: cost for part, cost in scaling.costs(row, base).items() if sure.get(part, True)}
+        step = row.split.step_s if row.split else 0.0
+        dearest = max(costs, key=lambda part: costs[part], default=None)
+        if row.split is None or row.split.compute_s is None:
+            return ""
+        cost = costs[dearest] if dearest else 0.0
+        if dearest is None or cost < _WORTH_A_WORD * step:
+            return f"; nothing surely costs more than {percent(_WORTH_A_WORD)} of the step"
+        figure = f"{duration(cost)} ({percent(cost / step)} of the step)"
+        match dearest:
+            case "communication":
+                more = "" if base is None or base.world == 1 else f" more than with {plural(base.world, 'rank')}"
+                return f"; what costs the most is communication that no computing hides, {figure}{more}"
+            case "skew":
+                phase = max(row.skews, key=lambda name: row.skews[name], default=None)
+                most = "" if phase is None else f", and they differ the most in {_phase(phase)}"
+                return f"; what costs the most is that ranks are not equally fast, {figure}{most}"
+            case _:
+                of = "" if base is None else f" than with {plural(base.world, 'rank')}"
+                what = "computing" if dearest == "compute" else "loading"
+                return f"; what costs the most is {what}, which takes {figure} longer{of}"
+
+    def late(self) -> Iterator[str]:
+        """Say whom the others wait for, in the largest worlds first."""
+        named = sorted((row for row in self.scaled if row.late), key=_ranks_and_speed, reverse=True)
+        for row in named[:_LATE]:
+            found = row.late
+            assert found is not None
+            where = f"{self.name(row.case)}: others" if len(self.ok) > 1 else "Others"
+            node = f" on node {found.node}" if self.result.plan and self.result.plan.nodes > 1 else ""
+            some = f" (in {row.named} of {row.processes} processes)" if row.processes > 1 else ""
+            yield (
+                f"{where} wait for rank {found.rank}{node} in {percent(found.share)} of the steps, "
+                f"{duration(found.by.value)} a step in the median: its {_phase(found.phase)} takes "
+                f"{duration(found.longer_s)} longer{some}."
+            )
+
     # --- what the device drew, and what held it back ----------------------------------------------------
 
     def energy(self) -> Iterator[str]:
@@ -140,7 +225,8 @@ class _Told:
         a_sample = best.value("energy_per_sample")
         figure = f"{energy(best.value('energy_per_step'))} a step"
         figure += "" if a_sample is None else f", {energy(a_sample)} a sample"
-        text = f"It takes {figure}, of the whole device with its idle power"
+        whose = "slowest rank's" if best.readings[0].ranks else "whole"
+        text = f"It takes {figure}, of the {whose} device with its idle power"
         known = [case for case in self.ok if case["energy_per_sample"] is not None]
         least = min(known, key=lambda case: case.value("energy_per_sample") or 0.0, default=best)
         spared = 1 - (least.value("energy_per_sample") or 0.0) / a_sample if a_sample else 0.0
@@ -226,15 +312,17 @@ class _Told:
         group = [case.settings.workers for case in self._siblings(best, "workers") if case.settings]
         training = 1 if facts is None or facts.device != "cpu" else facts.threads
         usable = self.result.environment.cores_usable
-        free = usable - training - settings.workers
+        nodes = self.result.plan.nodes if self.result.plan else 1
+        sharing = max(1, settings.world_size // nodes)  # ranks on this machine, each with workers of its own
+        free = usable // sharing - training - settings.workers
         if settings.workers < max(group):
             return  # more were tried, and were no faster
         if free > 0:
             yield f"`--workers {settings.workers + free}` ({plural(free, 'more core')} may be free for loading)"
         elif settings.workers:
             yield (
-                f"cheaper loading, as smaller or pre-resized images: {plural(training, 'thread')} training and "
-                f"{plural(settings.workers, 'worker')} already share {plural(usable, 'usable core')}"
+                f"cheaper loading, as smaller or pre-resized images: {plural(sharing * training, 'thread')} training "
+                f"and {plural(sharing * settings.workers, 'worker')} already share {plural(usable, 'usable core')}"
             )
 
     def _fewer_threads(self) -> Iterator[str]:
@@ -430,6 +518,15 @@ def _inference(case: CaseSummary) -> str:
         return "too few steps for an interval"
     count = len(case.readings)
     return f"between {count} processes" if count > 1 else "within one process"
+
+
+def _ranks_and_speed(row: Scaled) -> tuple[int, float]:
+    return row.world, row.case.value("throughput") or 0.0
+
+
+def _phase(name: str) -> str:
+    """Name a phase of a rank by what was looked at of it."""
+    return {"backward": "backward, up to its first gradients,", "other": "time between phases"}.get(name, name)
 
 
 def _workers(case: CaseSummary) -> str:
