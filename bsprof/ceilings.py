@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from bsprof import cache
-from bsprof.model import Ceilings, Environment, Facts, Settings
+from bsprof.model import AllReduce, Ceiling, Ceilings, Environment, Facts, Settings
 
 # --- kept under the hardware's identity -------------------------------------------------------------
 
@@ -49,6 +49,25 @@ def cached(environment: Environment) -> Ceilings | None:
 def keep(ceilings: Ceilings) -> Path:
     """Write `ceilings` where `cached` finds them and return the path. Raises BsprofError where that cannot be done."""
     return cache.write(path_of(ceilings.identity), ceilings)
+
+
+# --- what an all-reduce makes of the links ----------------------------------------------------------
+
+
+def bus_bandwidth(one: AllReduce) -> Ceiling:
+    """Return 2 (p - 1) / p x bytes / seconds for the p ranks of an all-reduce, with its interval, in bytes a second.
+
+    This is what NCCL-tests call the bus bandwidth (doc/PERFORMANCE.md there): so much each rank has to send, and to
+    receive, at the least. Unlike bytes / seconds it can be held against the speed of a link, however many ranks there
+    are. A single rank sends nothing: 0.
+    """
+    moved = 2 * (one.world_size - 1) / one.world_size * one.bytes
+    return Ceiling(
+        value=moved / one.seconds,
+        unit="B/s",
+        low=moved / one.high if one.high else None,
+        high=moved / one.low if one.low else None,
+    )
 
 
 # --- which of them binds a step ---------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rich.console import Console
 from bsprof import ceilings
 from bsprof.cli import commands
 from bsprof.errors import BsprofError
-from bsprof.model import Accelerator, Ceiling, Ceilings, Environment, Facts, Settings
+from bsprof.model import Accelerator, AllReduce, Ceiling, Ceilings, Environment, Facts, Settings
 from bsprof.report import ceilings as rendering
 from bsprof.sweep import runner
 
@@ -138,6 +138,33 @@ def test_identity_changes_with_what_the_rates_depend_on(other):
     assert ceilings.identity(msgspec.structs.replace(HERE, **other)) != ceilings.identity(HERE)
 
 
+def test_ceilings_from_before_all_reduces_were_measured_are_still_read():
+    path = ceilings.keep(MEASURED)
+    kept = msgspec.json.decode(path.read_bytes())
+    kept.pop("all_reduce", None)
+    path.write_bytes(msgspec.json.encode(kept))
+    assert ceilings.cached(HERE) == MEASURED
+
+
+# --- all-reduces ------------------------------------------------------------------------------------
+
+
+def reduced(world_size: int, size: int, seconds: float, spread: float | None = None) -> AllReduce:
+    low, high = (None, None) if spread is None else (seconds - spread, seconds + spread)
+    return AllReduce(backend="nccl", world_size=world_size, bytes=size, seconds=seconds, low=low, high=high)
+
+
+@pytest.mark.parametrize(("world_size", "share"), [(1, 0.0), (2, 1.0), (4, 1.5), (8, 1.75)])
+def test_bus_bandwidth_is_what_each_rank_must_send(world_size, share):
+    found = ceilings.bus_bandwidth(reduced(world_size, 10**9, 0.5))
+    assert found == Ceiling(value=pytest.approx(share * 2e9), unit="B/s")
+
+
+def test_the_longest_time_is_the_least_bandwidth():
+    found = ceilings.bus_bandwidth(reduced(2, 10**9, 0.5, 0.1))
+    assert (found.low, found.value, found.high) == pytest.approx((1e9 / 0.6, 2e9, 2.5e9))
+
+
 # --- bounds -----------------------------------------------------------------------------------------
 
 
@@ -233,6 +260,33 @@ def test_the_table_has_units_intervals_and_what_is_missing(width):
     assert "2026-11-21T05:00:00+00:00" in words
     assert "/cache/x.json" in words
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_sizes_of_the_largest_world_are_listed(width):
+    known = msgspec.structs.replace(
+        MEASURED,
+        rates={"all_reduce": Ceiling(value=400e9, unit="B/s", low=390e9, high=410e9)},
+        all_reduce=(
+            reduced(2, 2**10, 7e-6),
+            reduced(4, 2**28, 1e-3, 1e-5),
+            reduced(4, 2**10, 12.34e-6),
+        ),
+        missing={"all_reduce_8": "rank 3: killed by SIGKILL", "all_reduce_4_67108864": "CUDA out of memory"},
+    )
+    text = printed(known, None, width)
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    assert "all-reduce, largest bus bandwidth 400 390 … 410 GB/s" in words
+    assert "all-reduce in 4 ranks, nccl" in words
+    assert "1.0 KiB 12.3 µs – 124 MB/s 256 MiB 1.00 ms 1.0% 403 GB/s" in words  # noqa: RUF001 - not captured
+    assert "7.00" not in words
+    assert "not measured (rank 3: killed by SIGKILL): all-reduce in 8 ranks" in words
+    assert "not measured (CUDA out of memory): all-reduce in 4 ranks, 64.0 MiB" in words
+
+
+def test_without_all_reduces_there_is_no_table_of_them():
+    assert "all-reduce" not in printed(MEASURED, None, 80)
 
 
 def test_a_rate_of_a_later_version_is_shown_by_its_key():

@@ -17,10 +17,13 @@ from machines import environment
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are not installed
 
-from benchmarks.gpu import cases, clocks, cost, power, suite, vendor  # noqa: E402
+from benchmarks.gpu import cases, clocks, cost, exchange, power, suite, vendor  # noqa: E402
 from benchmarks.gpu.device import RehearsalDevice, VirtualHost  # noqa: E402
 from benchmarks.gpu.verdict import Check, Stand, Unable, judge  # noqa: E402
+from bsprof.measure.collectives import Found  # noqa: E402
+from bsprof.measure.repeats import Extent  # noqa: E402
 from bsprof.model import (  # noqa: E402
+    AllReduce,
     Backends,
     Block,
     Case,
@@ -505,3 +508,19 @@ def test_rates_outside_what_a_vendor_makes_possible_fail():
     nested = {"environment": {"host": "x"}, "ceilings": {"rates": rates(0.75)}}
     assert vendor.find_rates(nested) == rates(0.75)
     assert vendor.find_rates({"environment": {}}) is None
+
+
+def test_a_size_that_was_not_reduced_or_another_backend_fails():
+    extent = Extent(all_reduce_bytes=(1024, 4096))
+
+    def reduced(*sizes, backend="nccl"):
+        return Found(
+            found=[AllReduce(backend=backend, world_size=1, bytes=size, seconds=1e-5) for size in sizes],
+            left_out={size: "CUDA out of memory" for size in extent.all_reduce_bytes if size not in sizes},
+        )
+
+    assert failed(exchange.judge_sizes(reduced(1024, 4096), extent, "nccl")) == []
+    (line,) = (one for one in exchange.judge_sizes(reduced(1024), extent, "nccl") if one.verdict == "FAIL")
+    assert line.reason == "CUDA out of memory"
+    gloo = reduced(1024, 4096, backend="gloo")
+    assert failed(exchange.judge_sizes(gloo, extent, "nccl")) == ["by the device's own backend"]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bsprof.measure import backends, rates
+from bsprof.measure import backends, rates, repeats
 from bsprof.measure.crew import Crew
-from bsprof.measure.rates import Extent, Tally
+from bsprof.measure.repeats import Extent, Tally
+from bsprof.model import AllReduce
 
 SMALL = Extent(
     copy_bytes=2**20,
@@ -44,6 +45,9 @@ def test_a_whole_measurement_on_this_machine(tmp_path, monkeypatch):
     torch.set_float32_matmul_precision("high")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    reduced = AllReduce(backend="gloo", world_size=2, bytes=1024, seconds=1e-4)
+    # Ranks are started by test_collectives.py: the launcher takes the signals of the process that it is called in.
+    monkeypatch.setattr(rates, "measure_all_reduce", lambda tally, device, cores: (reduced,))
     stages: list[str] = []
     try:
         found = rates.measure("here", tmp_path / "data", lambda stage, *_: stages.append(stage), SMALL)
@@ -64,6 +68,7 @@ def test_a_whole_measurement_on_this_machine(tmp_path, monkeypatch):
         assert ceiling.low is None or ceiling.low <= ceiling.value <= (ceiling.high or 0)
     assert found.rates.keys().isdisjoint(found.missing)
     assert "disk_cold" in {**found.rates, **found.missing}
+    assert found.all_reduce == (reduced,)
     if not torch.accelerator.is_available():
         assert {name for name, reason in found.missing.items() if reason == "no accelerator"} == {
             "h2d_pageable",
@@ -85,12 +90,12 @@ def a_millisecond(device: torch.device, work: Callable[[], object]) -> float:
     return 1e-3
 
 
-MOST = rates.MOST_COUNT
+MOST = repeats.MOST_COUNT
 """Pieces of work in a repeat on such a device, for no number of them takes as long as a repeat should."""
 
 
 def test_copies_count_what_they_move(tally, monkeypatch):
-    monkeypatch.setattr(rates, "seconds_on", a_millisecond)
+    monkeypatch.setattr(repeats, "seconds_on", a_millisecond)
     rates.measure_copies(tally, CPU)
     pageable, on_device = tally.rates["h2d_pageable"], tally.rates["d2d"]
     assert pageable.value == pytest.approx(SMALL.copy_bytes * MOST / 1e-3)
@@ -130,7 +135,7 @@ def test_out_of_memory_at_a_larger_side_keeps_the_smaller(tally, monkeypatch):
         return real(rows, columns, **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(torch, "randn", short_of_memory)
-    monkeypatch.setattr(rates, "seconds_on", a_millisecond)
+    monkeypatch.setattr(repeats, "seconds_on", a_millisecond)
     rates.measure_matrices(tally, CPU, {"fp32": ""})
     assert tally.rates["matrix_fp32"].value == pytest.approx(2 * SMALL.first_side**3 * MOST / 1e-3)
 
@@ -155,7 +160,7 @@ def test_a_fault_in_the_middle_loses_that_rate_alone(tally):
 def test_rates_of_a_group_take_turns(tally):
     order: list[str] = []
 
-    def noted(name: str) -> rates.Rate:
+    def noted(name: str) -> repeats.Rate:
         return lambda: order.append(name) or 1.0  # type: ignore[func-returns-value]
 
     tally.measure("B/s", {"a": lambda: noted("a"), "b": lambda: noted("b")})
@@ -169,7 +174,7 @@ def test_tf32_is_asked_for_only_where_it_is_meant_and_restored(monkeypatch):
         seen.append((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
         return 1e-3
 
-    monkeypatch.setattr(rates, "seconds_on", watched)
+    monkeypatch.setattr(repeats, "seconds_on", watched)
     before = torch.get_float32_matmul_precision()
     rates.measure_matrices(Tally(SMALL), CPU, {"tf32": ""})
     assert set(seen) == {("high", True)}
@@ -193,10 +198,10 @@ def test_what_has_no_tf32_says_so(monkeypatch):
 
 
 def test_a_repeat_is_as_long_as_asked():
-    assert rates._count(lambda count: count * 1e-3, 0.05) == 50
-    assert rates._count(lambda count: 1.0, 0.05) == 1
-    assert rates._count(lambda count: 0.0, 0.05) == rates.MOST_COUNT
-    assert rates._count(lambda count: 0.04 + count * 1e-4, 0.05) >= 100
+    assert repeats.count_for(lambda count: count * 1e-3, 0.05) == 50
+    assert repeats.count_for(lambda count: 1.0, 0.05) == 1
+    assert repeats.count_for(lambda count: 0.0, 0.05) == repeats.MOST_COUNT
+    assert repeats.count_for(lambda count: 0.04 + count * 1e-4, 0.05) >= 100
 
 
 # --- processes --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -33,9 +33,11 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bsprof import store as results
+from bsprof.errors import BsprofError
 from bsprof.measure import world
 from bsprof.measure.case import CaseRun, Emit, throttled
 from bsprof.measure.clock import host_clock, present_device
+from bsprof.measure.failures import classify
 from bsprof.model import Case, Communication, Measurement, Outcome, Plan, Profile, Rank, Telemetry
 from bsprof.noun import Note
 
@@ -99,7 +101,7 @@ def measure(
         shared.store.set("question", results.to_json(question).decode())
         end = requested_ns / 1e9 + plan.deadline_s - min(LAST_S, plan.deadline_s / 5)
         with _Lookout(shared, plan.nodes, size, end, emit) as lookout:
-            stopped = _launch(shared, size // plan.nodes, requested_ns, entered_ns, plan.deadline_s)
+            stopped = _launch(shared, size // plan.nodes, requested_ns, entered_ns, plan.deadline_s, enter)
         answers = shared.answers(size, patience_s=LOST_S if plan.nodes > 1 and stopped.failure else 0.0)
     measurement = put_together(case, answers, stopped.exit_codes, stopped.failure, lookout.hung(plan.deadline_s))
     inside_s = (host_clock() - entered_ns) / 1e9
@@ -140,8 +142,16 @@ def _hosted(meeting: Meeting, size: int) -> Iterator[_Shared]:
     yield _Shared(store, meeting.host, store.port, meeting)
 
 
-def _launch(shared: _Shared, here: int, requested_ns: int, entered_ns: int, deadline_s: float) -> _Stopped:
-    """Run the ranks of this machine to their end."""
+def _launch(
+    shared: _Shared,
+    here: int,
+    requested_ns: int,
+    entered_ns: int,
+    deadline_s: float,
+    entry: Callable[..., None],
+    *given: object,
+) -> _Stopped:
+    """Run `entry` with its Task, and with what else is given, in the ranks of this machine to their end."""
     forkserver.set_forkserver_preload(list(PRELOAD))
     local = _own_address(shared.host, shared.port)
     patience_s = max(1, round(deadline_s))
@@ -160,7 +170,8 @@ def _launch(shared: _Shared, here: int, requested_ns: int, entered_ns: int, dead
     )
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
     try:
-        elastic_launch(config, enter)(Task(shared.host, shared.port, local, os.getpid(), requested_ns, entered_ns))
+        task = Task(shared.host, shared.port, local, os.getpid(), requested_ns, entered_ns)
+        elastic_launch(config, entry)(task, *given)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return _Stopped(codes, "a rank failed")
@@ -543,3 +554,68 @@ def _stack_file(rank: int) -> Path:
 def _leave() -> NoReturn:
     """End this process at once, so that the launcher ends the others."""
     os._exit(1)
+
+
+# --- ranks that do something else -------------------------------------------------------------------
+
+Work = Callable[[str], str]
+"""What each rank does inside the group of all, from a question to its answer; it is found by its name in its module."""
+
+
+class _Word(msgspec.Struct):
+    """What one rank has said, or how it failed."""
+
+    answer: str = ""
+    failure: str | None = None
+    lost: bool = False
+
+
+def ask(work: Work, question: str, size: int, deadline_s: float) -> list[str]:
+    """Start `size` ranks on this machine, let each of them do `work`, and return what they answer, by rank.
+
+    None outlives this, and none works longer than `deadline_s` seconds. Raises BsprofError, with the rank that is the
+    cause, where one failed, and RuntimeError where they have no place to meet.
+    """
+    now_ns = host_clock()
+    with _hosted(Meeting(), size) as shared:
+        shared.store.set("question", question)
+        stopped = _launch(shared, size, now_ns, now_ns, deadline_s, _answer, work, deadline_s)
+        words = {
+            rank: msgspec.json.decode(shared.store.get(f"said/{rank}"), type=_Word)
+            for rank in range(size)
+            if shared.store.check([f"said/{rank}"])
+        }
+    for rank, code in stopped.exit_codes.items():
+        if code == -signal.SIGALRM:
+            raise BsprofError(f"rank {rank} was not done after {deadline_s:g} s")
+        if rank not in words:
+            raise BsprofError(_death(rank, code).message or "")
+    for rank, word in sorted(words.items(), key=lambda item: item[1].lost):
+        if word.failure is not None:
+            raise BsprofError(f"rank {rank}: {word.failure}")
+    if len(words) < size:
+        raise BsprofError(stopped.failure or "a rank has said nothing")
+    return [words[rank].answer for rank in range(size)]
+
+
+def _answer(task: Task, work: Work, deadline_s: float) -> None:
+    """Be a rank that does `work`; the launcher ends the others where it fails."""
+    signal.alarm(max(1, round(deadline_s)))  # ends this process wherever it hangs, in a driver too
+    place = Place.of_environment()
+    store = TCPStore(task.host, task.port, is_master=False, timeout=_TIMEOUT)
+    take_device(place.local_rank)
+    word = _Word()
+    try:
+        join(present_device(), deadline_s)
+        word.answer = work(store.get("question").decode())
+    except Exception as error:
+        word.failure = classify(error).message or type(error).__name__
+        word.lost = has_lost_another(error)
+    if word.lost:
+        time.sleep(LOST_S)
+    key = f"said/{place.rank}"
+    store.set(key, msgspec.json.encode(word).decode())
+    store.check([key])  # answered once it has arrived: we may be gone at once
+    if word.failure is not None:
+        _leave()
+    dist.destroy_process_group()

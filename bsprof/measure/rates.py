@@ -1,4 +1,4 @@
-"""The ceilings of this machine, measured: copies, matrix products, decoding, reading, cores that really run at once.
+"""The ceilings of this machine, measured: copies, products, decoding, reading, cores that run at once, all-reduces.
 
 Every rate is the median of repeats with its interval. The rates of one group take turns, so that what drifts meanwhile
 (clocks, temperature, neighbours) drifts for all of them. What cannot be measured is named with its reason, and the
@@ -11,23 +11,22 @@ import contextlib
 import datetime
 import functools
 import io
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from bsprof import stats
 from bsprof.measure.backends import lacks_tf32
-from bsprof.measure.clock import EventClock, host_clock, present_device
+from bsprof.measure.clock import host_clock, present_device
+from bsprof.measure.collectives import measure_all_reduce
 from bsprof.measure.crew import Crew, spin
 from bsprof.measure.environment import cores_of_this_process
 from bsprof.measure.failures import classify
-from bsprof.model import Ceiling, Ceilings
+from bsprof.measure.repeats import FULL, Extent, Rate, Seconds, Tally, count_for, timed
+from bsprof.model import Ceilings
 from bsprof.noun import Note
 from bsprof.workloads import registry
 from bsprof.workloads.imagefolder import decode_image
@@ -35,37 +34,11 @@ from bsprof.workloads.registration import DataRequest
 
 Emit = Callable[[str, int, float | None], None]
 
-Rate = Callable[[], float]
-"""Measures once: units a second."""
-
-Seconds = Callable[[int], float]
-"""Does a piece of work so many times and returns the seconds it took."""
-
-MOST_COUNT = 1000
-"""Pieces of work in a repeat at the most; also less than a device's launch queue holds."""
 COLD_SHARE = 0.8
 """A read at this share of the warm rate came from memory too: the system did not drop its cache."""
 _LISTEN_S = 0.5
 _QUIET = 0.1
 _READ_BYTES = 2**20
-
-
-class Extent(NamedTuple):
-    """How much is done for each rate. The defaults take about half a minute on two cores."""
-
-    copy_bytes: int = 256 * 2**20
-    file_bytes: int = 128 * 2**20
-    images: int = 64
-    first_side: int = 512
-    most_side: int = 8192
-    """Matrices grow from one side to the other until a product takes a repeat's time, or no larger ones fit."""
-    repeat_s: float = 0.05
-    repeats: int = 40
-    group_s: float = 4.0
-    """A group ends after this time, or after so many repeats."""
-
-
-FULL = Extent()
 
 
 def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ceilings:
@@ -97,10 +70,13 @@ def measure(identity: str, cache: Path, emit: Emit, extent: Extent = FULL) -> Ce
             measure_copies(tally, device)
             emit("matrix products on the accelerator", 0, None)
             measure_matrices(tally, device, {"fp32": "", "tf32": lacks_tf32(device), "bf16": "", "fp16": ""})
+    emit("all-reduces among ranks", 0, None)
+    reduced = measure_all_reduce(tally, device, cores)
     return Ceilings(
         identity=identity,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         rates=tally.rates,
+        all_reduce=reduced,
         missing=tally.missing,
         notes=notes,
         wall_s=(host_clock() - started) / 1e9,
@@ -116,92 +92,6 @@ def _disturbance() -> tuple[Note, ...]:
     return (Note(code="cpu_contended", text=text),)
 
 
-# --- repeats ----------------------------------------------------------------------------------------
-
-
-class Tally:
-    """What has been measured so far, and what could not be."""
-
-    def __init__(self, extent: Extent) -> None:
-        self.extent = extent
-        self.rates: dict[str, Ceiling] = {}
-        self.missing: dict[str, str] = {}
-
-    def measure(
-        self, unit: Literal["B/s", "FLOP/s", "1/s", "cores"], prepared: Mapping[str, Callable[[], Rate]]
-    ) -> dict[str, list[float]]:
-        """Prepare each rate, then measure all of them in turns; returns the repeats of each that could be."""
-        ready: dict[str, Rate] = {}
-        for name, prepare in prepared.items():
-            with self.or_missing(name):
-                ready[name] = prepare()
-        repeats: dict[str, list[float]] = {name: [] for name in ready}
-        end_ns = host_clock() + round(self.extent.group_s * 1e9)
-        for turn in range(self.extent.repeats):
-            if turn and host_clock() > end_ns:
-                break
-            for name, rate in ready.items():
-                if name not in self.missing:
-                    with self.or_missing(name):
-                        repeats[name].append(rate())
-        measured = {name: values for name, values in repeats.items() if name not in self.missing}
-        for name, values in measured.items():
-            estimate = stats.median(values)
-            self.rates[name] = Ceiling(value=estimate.value, unit=unit, low=estimate.low, high=estimate.high)
-        return measured
-
-    def rate(self, seconds: Seconds, units: float) -> Rate:
-        """Return the rate of a piece of work that is worth `units`, done as often as fills a repeat."""
-        count = _count(seconds, self.extent.repeat_s)
-        return lambda: units * count / seconds(count)
-
-    @contextlib.contextmanager
-    def or_missing(self, *names: str) -> Iterator[None]:
-        """Let a failure inside be the reason why those of `names` are missing that have no rate yet."""
-        try:
-            yield
-        except Exception as error:  # whatever it is, the others can be measured
-            reason = classify(error).message or type(error).__name__
-            self.missing |= {name: reason for name in names if name not in self.rates}
-
-
-def _count(seconds: Seconds, enough_s: float) -> int:
-    """Return how often to do a piece of work for it to take about `enough_s`; the first time, cold, does not count."""
-    seconds(1)
-    count = 1
-    while (taken := seconds(count)) < enough_s and count < MOST_COUNT:
-        wanted = math.ceil(count * enough_s / taken) if taken > 0 else MOST_COUNT
-        # No leaps: one reading that was too short by chance must not make a repeat of minutes.
-        count = min(wanted, 10 * count, MOST_COUNT) if wanted > count else count + 1
-    return count
-
-
-# --- the device's time ------------------------------------------------------------------------------
-
-
-def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
-    """Return the seconds that `work` takes on `device`, by a pair of its events around it; a CPU's by the host clock.
-
-    Tests put a fake in its place. Raises RuntimeError where the device's events carry no time.
-    """
-    if device.type == "cpu":
-        start = host_clock()
-        work()
-        return (host_clock() - start) / 1e9
-    clock = EventClock(device)
-    before = clock.stamp()
-    work()
-    return clock.span_ns(before, clock.stamp()) / 1e9
-
-
-def _timed(device: torch.device, work: Callable[[], object]) -> Seconds:
-    def repeatedly(count: int) -> None:
-        for _ in range(count):
-            work()
-
-    return lambda count: seconds_on(device, functools.partial(repeatedly, count))
-
-
 # --- copies -----------------------------------------------------------------------------------------
 
 _COPIES = ("h2d_pageable", "h2d_pinned", "d2d")
@@ -215,12 +105,12 @@ def measure_copies(tally: Tally, device: torch.device) -> None:
         # Written to: pages that never were are all one page of zeros, which a cache would hold.
         source = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).fill_(1)
         target = torch.empty(size, dtype=torch.uint8, device=device)
-        return tally.rate(_timed(device, lambda: target.copy_(source, non_blocking=pinned)), size)
+        return tally.rate(timed(device, lambda: target.copy_(source, non_blocking=pinned)), size)
 
     def on_device() -> Rate:
         source = torch.ones(size, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        return tally.rate(_timed(device, lambda: target.copy_(source)), 2 * size)
+        return tally.rate(timed(device, lambda: target.copy_(source)), 2 * size)
 
     tally.measure(
         "B/s",
@@ -280,11 +170,11 @@ def _product(side: int, device: torch.device, dtype: str) -> Seconds:
     draw = functools.partial(torch.randn, side, side, generator=generator, device=device, dtype=_DTYPES[dtype])
     left, right = draw(), draw()
     out = torch.empty_like(left)
-    timed = _timed(device, lambda: torch.mm(left, right, out=out))
+    products = timed(device, lambda: torch.mm(left, right, out=out))
 
     def seconds(count: int) -> float:
         with _float32_products("high" if dtype == "tf32" else "highest"):
-            return timed(count)
+            return products(count)
 
     return seconds
 
@@ -322,7 +212,7 @@ def measure_cores(tally: Tally, cores: int) -> None:
     """
 
     def together(crew: Crew) -> Rate:
-        count = _count(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
+        count = count_for(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
 
         def rate() -> float:
             (alone,) = crew.seconds(1, count)
@@ -349,7 +239,7 @@ def measure_decoding(tally: Tally, cores: int) -> None:
         with Crew(cores, functools.partial(_decode, paths)) as crew:
 
             def by(processes: int) -> Rate:
-                count = _count(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
+                count = count_for(lambda count: crew.seconds(1, count)[0], tally.extent.repeat_s)
                 return lambda: sum(images * count / taken for taken in crew.seconds(processes, count))
 
             tally.measure("1/s", {"jpeg_core": lambda: by(1), "jpeg_all": lambda: by(cores)})

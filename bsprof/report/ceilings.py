@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -9,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bsprof.model import Ceiling, Ceilings
+from bsprof.ceilings import bus_bandwidth
+from bsprof.model import AllReduce, Ceiling, Ceilings
 from bsprof.report import figures
 
 _NAMES = {
@@ -27,6 +30,7 @@ _NAMES = {
     "disk_cold": "read from disk",
     "disk_warm": "read from the page cache",
     "cpu_cores": "cores that really run at once",
+    "all_reduce": "all-reduce, largest bus bandwidth",
 }
 """In the order of the table."""
 
@@ -44,18 +48,21 @@ def render(ceilings: Ceilings | None, path: Path | None, console: Console) -> No
     if ceilings is None:
         _say("Ceilings of this machine are not measured yet: `bsprof env --measure`", console)
         return
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold", border_style="dim")
+    table = _table()
     table.add_column("ceiling", overflow="fold")
     table.add_column("rate", justify="right", no_wrap=True)
     table.add_column("95 % interval", justify="right", no_wrap=True)
     table.add_column("unit", no_wrap=True)
     for name in _ordered(ceilings.rates):
-        table.add_row(_NAMES.get(name, name), *_cells(ceilings.rates[name]))
+        table.add_row(_name(name), *_cells(ceilings.rates[name]))
     if ceilings.rates:
         console.print(table)
+    if ceilings.all_reduce:
+        largest = max(one.world_size for one in ceilings.all_reduce)
+        _render_sizes([one for one in ceilings.all_reduce if one.world_size == largest], console)
     by_reason: dict[str, list[str]] = {}
     for name in _ordered(ceilings.missing):
-        by_reason.setdefault(ceilings.missing[name], []).append(_NAMES.get(name, name))
+        by_reason.setdefault(ceilings.missing[name], []).append(_name(name))
     for reason, names in by_reason.items():
         _say(f"not measured ({figures.printable(reason)}): {'; '.join(names)}", console)
     for note in ceilings.notes:
@@ -65,6 +72,36 @@ def render(ceilings: Ceilings | None, path: Path | None, console: Console) -> No
     _say(
         f"measured {figures.printable(ceilings.created)}{took}; {kept}; `bsprof env --refresh` measures again", console
     )
+
+
+def _render_sizes(of_one_world: Sequence[AllReduce], console: Console) -> None:
+    """Print how long an all-reduce of each size takes."""
+    first = of_one_world[0]
+    backend = figures.printable(first.backend)
+    table = _table()
+    table.add_column(f"all-reduce in {figures.plural(first.world_size, 'rank')}, {backend}", justify="right")
+    for header in ("time", "±", "bus bandwidth"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
+    for one in sorted(of_one_world, key=lambda one: one.bytes):
+        half = None if one.low is None or one.high is None else (one.high - one.low) / 2 / one.seconds
+        value, _, unit = _cells(bus_bandwidth(one))
+        table.add_row(figures.size(one.bytes), figures.duration(one.seconds), figures.percent(half), value, unit)
+    console.print(table)
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold", border_style="dim")
+
+
+_OF_A_WORLD = re.compile(r"all_reduce_(?P<ranks>\d+)(?:_(?P<bytes>\d+))?")
+
+
+def _name(name: str) -> str:
+    """Return what a rate is, or a world or size of the all-reduces that is missing."""
+    if one := _OF_A_WORLD.fullmatch(name):
+        return f"all-reduce in {one['ranks']} ranks" + (f", {figures.size(int(one['bytes']))}" if one["bytes"] else "")
+    return _NAMES.get(name, name)
 
 
 def _ordered(names: dict[str, Ceiling] | dict[str, str]) -> list[str]:
