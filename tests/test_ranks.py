@@ -13,6 +13,7 @@ from machines import environment
 from bsprof.errors import BsprofError
 from bsprof.measure.case import CaseRun
 from bsprof.measure.ranks import Answer, hanging, has_lost_another, put_together
+from bsprof.measure.world import Alone
 from bsprof.model import (
     Axes,
     Case,
@@ -27,7 +28,6 @@ from bsprof.model import (
     Telemetry,
     case_key,
 )
-from bsprof.measure.world import Alone
 from bsprof.noun import Note
 from bsprof.sweep.plan import collapse, expand, worlds
 from bsprof.workloads.loading import EndlessSampler

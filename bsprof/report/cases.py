@@ -90,4 +90,5 @@ def marks_of(cases: Sequence[CaseSummary]) -> dict[str, str]:
 
 def case_marks(case: CaseSummary, marks: dict[str, str]) -> str:
     """Return the marks of a case's notes, each once."""
-    return "".join(dict.fromkeys(marks[note.code] for note in case.notes))
+    codes = {note.code for note in case.notes}
+    return "".join(dict.fromkeys(mark for code, mark in marks.items() if code in codes))
