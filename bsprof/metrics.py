@@ -204,7 +204,7 @@ def _energy(reading: Reading) -> Number:
 
 
 def _energy_per_sample(reading: Reading) -> Number:
-    energy, batch = _energy(reading), reading.batch_of_a_rank  # it is one rank's device that was read
+    energy, batch = _energy(reading), reading.samples.batch_size
     return energy / batch if energy is not None and batch else None
 
 

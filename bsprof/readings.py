@@ -75,11 +75,6 @@ class Reading:
             return {}
         return {phase: (sum(ns) - sum(ns[index] for index in left_out)) / count * 1e-9 for phase, ns in phases.items()}
 
-    @property
-    def batch_of_a_rank(self) -> int | None:
-        """Samples that one rank has in a step; of a training in one process simply its batch."""
-        return self.settings.batch_size if self.ranks and self.settings else self.samples.batch_size
-
     @cached_property
     def step(self) -> Floats:
         """Steady step times on the primary clock, in seconds."""

@@ -328,7 +328,6 @@ def test_no_script_outlives_a_killed_parent(tmp_path):
         (("--aa", "--seconds", "nan"), "--seconds: nan is no time"),
         (("--aa", "--threshold", "2"), "--threshold: 2 is not between 0 and 1"),
         (("--aa", "--threshold", "0.05", "--effect", "0.04"), "--effect: 4.0% lies within the threshold"),
-        (("--aa", "--world-size", "2"), "world_size"),
         (("--aa", "--model", "factories:Nothing"), "factories"),
         (("--aa", "--", "nothing.py"), "nothing.py"),
         (("--aa", "-o", "file"), "--output file: is no folder"),

@@ -123,10 +123,12 @@ class Ranks:
 
     def communication(self) -> Communication:
         """Return what DDP's logger tells: DDP makes its buckets anew after the first step."""
-        told = self._told()
+        assert self._model is not None
+        told, device = self._told(), next(self._model.parameters()).device
         sizes = told.get("rebuilt_bucket_sizes") or told.get("bucket_sizes") or ""
         return Communication(
-            backend=str(told.get("backend_name", dist.get_backend())),
+            # The group has one backend for each kind of device; the logger's name is that of all.
+            backend=dist.get_default_backend_for_device(device),
             bucket_bytes=tuple(int(size) for size in str(sizes).split(",") if size.strip()),
             reduce_ns=_positive(told.get("avg_backward_comm_time")),
             overlap_ns=_positive(told.get("avg_backward_compute_comm_overlap_time")),
