@@ -43,7 +43,7 @@ class Extent(NamedTuple):
     """A group ends after this time, or after so many repeats."""
     all_reduce_bytes: tuple[int, ...] = ALL_REDUCE_BYTES
     """Multiples of 1 KiB."""
-    all_reduce_s: float = 10.0
+    all_reduce_s: float = 8.0
     """Shared by all worlds and sizes; a size may take more where one call is long."""
 
 
