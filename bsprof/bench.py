@@ -29,6 +29,7 @@ from bsprof.report import terminal
 from bsprof.report.progress import Progress
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.largest import Searched, search
+from bsprof.sweep.nodes import Party, find_party, follow, leading
 from bsprof.sweep.plan import (
     Expansion,
     convert_flags,
@@ -72,10 +73,42 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     if request.flags["max_batch"] and "batch_size" in axes:
         raise BsprofError("--batch-size and --max-batch: the one gives what the other searches", hint="leave out one")
     stop, rest = _plan_flags(request.flags)
+    party = find_party(request.flags["nnodes"], request.flags["rdzv_endpoint"], os.environ)
+    if party and not party.leads:
+        if not dry_run:
+            _follow(party, rest.get("deadline_s", Plan().deadline_s), notices)
+        return Exit.DONE
+    with contextlib.nullcontext() if dry_run else leading(party):
+        return _lead(request, axes, stop, rest, party, started, dry_run=dry_run)
+
+
+def _follow(party: Party, patience_s: float, notices: Console) -> None:
+    if patience_s <= 0:
+        raise BsprofError(f"--deadline: expected more than 0, got {patience_s:g}", hint="see `bsprof bench --help`")
+    if not party.launched:
+        followed = f"following node 0 at {party.endpoint}: the result is written there"
+        notices.print(followed, highlight=False, markup=False, soft_wrap=True)
+    with Interruption("\ninterrupted at once\n") as stop:
+        follow(party, patience_s, stop)
+
+
+def _lead(
+    request: Request,
+    axes: dict[str, tuple[Any, ...]],
+    stop: Mapping[str, Any],
+    rest: dict[str, Any],
+    party: Party | None,
+    started: float,
+    *,
+    dry_run: bool,
+) -> int:
+    """Sweep, alone or as node 0."""
+    notices = terminal.console(stderr=True)
     past = _Past.read(request.resume) if request.resume else None
     from_file = store.read_plan(request.plan_file) if request.plan_file else None
-    if from_file and (axes or request.quick):
-        flag = "--" + next(iter(axes), "quick").replace("_", "-")
+    auto = request.flags.get("world_size") == "auto"
+    if from_file and (axes or auto or request.quick):
+        flag = "--" + next(iter(axes), "world_size" if auto else "quick").replace("_", "-")
         raise BsprofError(f"{flag}: the axes are the plan's", hint=f"change them in {request.plan_file}")
     margin = request.flags["max_batch_margin"]
     if margin is not None and not (request.flags["max_batch"] or (from_file and from_file.largest_batch)):
@@ -86,10 +119,15 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         )
     with notices.status("starting") if notices.is_terminal else contextlib.nullcontext():
         environment = describe_environment()
-    if request.flags.get("world_size") == "auto":
-        axes["world_size"] = worlds(environment, 1)
+    if party and not past:
+        rest["nodes"] = party.nodes
+    if auto or not (from_file or past):
+        axes |= world_sizes(request.flags.get("world_size"), party, environment)
     plan = _plan(axes, from_file, past, environment, quick=request.quick, stop=stop, rest=rest)
     expansion = _expand(plan, environment, request.plan_file)
+    _refuse_other_party(plan, expansion, party)
+    if party and party.note:
+        expansion.notes.append(party.note)
     for note in expansion.notes:
         notices.print(f"note: {note.text}", highlight=False)
     settings = [case.settings for case in expansion.cases if case.settings]
@@ -109,7 +147,44 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         return Exit.DONE
     with notices.status("preparing the data") if notices.is_terminal else contextlib.nullcontext():
         prepare(settings, plan)
-    return _measure(request, plan, environment, expansion, past, started)
+    return _measure(request, plan, environment, expansion, past, started, party)
+
+
+def world_sizes(asked: str | None, party: Party | None, environment: Environment) -> dict[str, tuple[int, ...]]:
+    """Return the axis `world_size` of a launcher, of `auto`, or of a rank for each device of several nodes.
+
+    It is empty where the axis has its values, or its default. Raises BsprofError for others than the launcher's.
+    """
+    if party and party.world_size is not None:
+        if asked not in (None, "auto", str(party.world_size)):
+            raise BsprofError(
+                f"--world-size {asked}: torchrun has started {party.world_size} ranks",
+                hint="leave it out: torchrun's --nproc-per-node says how many",
+            )
+        return {"world_size": (party.world_size,)}
+    nodes = party.nodes if party else 1
+    if asked == "auto":
+        return {"world_size": worlds(environment, nodes)}
+    if asked is None and party:
+        return {"world_size": (nodes * max(1, len(environment.accelerators)),)}
+    return {}
+
+
+def _refuse_other_party(plan: Plan, expansion: Expansion, party: Party | None) -> None:
+    """Raise BsprofError where a plan is for other machines, or other ranks, than there are."""
+    nodes = party.nodes if party else 1
+    if plan.nodes != nodes:
+        several = f"on each of them: --nnodes {plan.nodes} --rdzv-endpoint HOST"
+        raise BsprofError(
+            f"--nnodes: the plan is for {plan.nodes} nodes, not {nodes}",
+            hint=several if plan.nodes > 1 else "leave --nnodes out",
+        )
+    sizes = {case.settings.world_size for case in expansion.cases if case.settings}
+    if party and party.world_size is not None and (others := sorted(sizes - {party.world_size})):
+        raise BsprofError(
+            f"world_size: {others[0]} ranks are planned, but torchrun has started {party.world_size}",
+            hint="give torchrun another --nproc-per-node, or plan for as many",
+        )
 
 
 def _expand(plan: Plan, environment: Environment, file: Path | None) -> Expansion:
@@ -122,7 +197,13 @@ def _expand(plan: Plan, environment: Environment, file: Path | None) -> Expansio
 
 
 def _measure(
-    request: Request, plan: Plan, environment: Environment, expansion: Expansion, past: _Past | None, started: float
+    request: Request,
+    plan: Plan,
+    environment: Environment,
+    expansion: Expansion,
+    past: _Past | None,
+    started: float,
+    party: Party | None,
 ) -> int:
     created = past.created if past else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     header = store.Header(created=created, plan=plan, environment=environment)
@@ -131,7 +212,7 @@ def _measure(
     notices = terminal.console(stderr=True)
     done = past.finished() if past else []
     with journal, Interruption(_farewell(target, notices)) as stop:
-        swept, largest_batches = _sweep(plan, expansion, done, journal, stop, notices, request.trace)
+        swept, largest_batches = _sweep(plan, expansion, done, journal, stop, notices, request.trace, party)
         result = Result(
             created=created,
             plan=plan,
@@ -168,9 +249,10 @@ def _sweep(
     stop: Interruption,
     notices: Console,
     trace: Path | None,
+    party: Party | None,
 ) -> Searched:
     """Measure every case, or search the largest batch for each; nothing is found where nothing is searched."""
-    executor = ProcessExecutor(stop, trace=_trace_places(trace, expansion.cases))
+    executor = ProcessExecutor(stop, trace=_trace_places(trace, expansion.cases), party=party)
     if plan.largest_batch:
         varying = [name for name in AXES if name in (*expansion.varying, "batch_size")]
         with Progress(notices, None, varying, 0.0) as progress:

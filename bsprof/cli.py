@@ -144,6 +144,8 @@ def commands() -> None:
 @click.option("--max-case-time", type=float, metavar="S", help="Stop a case after this time, warm-up included.")
 @click.option("--deadline", type=float, metavar="S", help="End a case that still runs after this time. [300]")
 @click.option("--max-failures", type=int, metavar="N", help="End the sweep after so many failed cases.")
+@click.option("--nnodes", type=int, metavar="N", help="Share the ranks among so many machines; run it on each of them.")
+@click.option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Node 0, where the others meet it. [port 29400]")
 @click.option(
     "--scaling", type=click.Choice(["weak", "strong"]), help="Whose --batch-size: each rank's, or all's. [weak]"
 )

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import ipaddress
+import math
+import multiprocessing
 import os
 import platform
 import re
@@ -16,30 +19,34 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bsprof import store as results
 from bsprof.errors import BsprofError
-from bsprof.measure import world
-from bsprof.measure.case import CaseRun, Emit, throttled
+from bsprof.measure import roll, world
+from bsprof.measure.case import CaseRun, Emit, data_request, throttled
 from bsprof.measure.clock import host_clock, present_device
 from bsprof.measure.failures import classify
+from bsprof.measure.roll import LOOPBACK, POLL_S, Meeting, Stopped, connect
 from bsprof.model import Case, Communication, Measurement, Outcome, Plan, Profile, Rank, Telemetry
 from bsprof.noun import Note
+from bsprof.workloads import registry
 
 PRELOAD = ("bsprof.measure.ranks",)
 """Imported once by the fork server that a case's ranks come from: they need not each load torch."""
@@ -50,20 +57,9 @@ LAST_S = 10.0
 LOST_S = 3.0
 """A rank that has lost another waits so long before it says so: the one that is the cause is to be heard first."""
 
-POLL_S = 0.25
 
-_LOOPBACK = "127.0.0.1"
-
-
-class Meeting(msgspec.Struct, frozen=True):
-    """Where the ranks of one case meet."""
-
-    host: str = _LOOPBACK
-    port: int = 0
-    """0 for any that is free, where all are on this machine."""
-    nodes: int = 1
-    name: str = "case"
-    """Of this case, and of no other that meets there."""
+STACKS_S = 3.0
+"""Node 0 waits so long for where the ranks of the others hang."""
 
 
 class Answer(msgspec.Struct):
@@ -79,13 +75,6 @@ class Answer(msgspec.Struct):
 # --- the process that was asked ---------------------------------------------------------------------
 
 
-class _Stopped(NamedTuple):
-    """How the ranks of this machine ended: all well, or else which of them died without a word, and of what."""
-
-    exit_codes: dict[int, int]
-    failure: str | None = None
-
-
 def measure(
     case: Case, plan: Plan, *, cache: Path, requested_ns: int, emit: Emit, trace: Path | None, meeting: Meeting
 ) -> Measurement:
@@ -97,28 +86,35 @@ def measure(
     assert case.settings is not None
     size = case.settings.world_size
     question = {"case": case, "plan": plan, "cache": str(cache), "trace": str(trace) if trace else None}
-    with _hosted(meeting, size) as shared:
+    forked = _fork_rank() if meeting.launched else None
+    with _hosted(meeting, size) as shared, _called(shared) as others:
         shared.store.set("question", results.to_json(question).decode())
+        roll.announce(shared.meeting)
         end = requested_ns / 1e9 + plan.deadline_s - min(LAST_S, plan.deadline_s / 5)
+        emit("joining", 0, None)
+        if absence := others.gather(end - host_clock() / 1e9):
+            return Measurement(case=case, outcome=absence, wall_s=0.0, inside_s=(host_clock() - entered_ns) / 1e9)
         with _Lookout(shared, plan.nodes, size, end, emit) as lookout:
-            stopped = _launch(shared, size // plan.nodes, requested_ns, entered_ns, plan.deadline_s, enter)
-        answers = shared.answers(size, patience_s=LOST_S if plan.nodes > 1 and stopped.failure else 0.0)
-    measurement = put_together(case, answers, stopped.exit_codes, stopped.failure, lookout.hung(plan.deadline_s))
+            stopped = _run_share(shared, _task(shared, requested_ns, entered_ns), forked, end, leads=True)
+        answers, exit_codes = _settle(shared, others, size, stopped)
+        cause = others.loss(size) or lookout.hung(plan.deadline_s)
+    measurement = put_together(case, answers, exit_codes, stopped.failure, cause)
     inside_s = (host_clock() - entered_ns) / 1e9
     return msgspec.structs.replace(measurement, inside_s=inside_s)
 
 
 class _Shared(NamedTuple):
-    """A store with its place."""
+    """A case's store with its place, and what the ranks of this process name as their owner."""
 
     store: Store
-    host: str
-    port: int
     meeting: Meeting
+    size: int
+    """Ranks in all."""
+    owner: str
 
     def another(self) -> _Shared:
         """Return a connection of one's own: a client that waits lets nobody else ask through it."""
-        return self._replace(store=TCPStore(self.host, self.port, is_master=False, timeout=_TIMEOUT))
+        return self._replace(store=connect(self.meeting))
 
     def answers(self, size: int, *, patience_s: float) -> dict[int, Answer]:
         """Return what ranks have said, by rank; waits for the others so long."""
@@ -133,51 +129,164 @@ class _Shared(NamedTuple):
         }
 
 
-_TIMEOUT = timedelta(seconds=60)
-
-
 @contextlib.contextmanager
 def _hosted(meeting: Meeting, size: int) -> Iterator[_Shared]:
-    store = TCPStore(meeting.host, meeting.port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
-    yield _Shared(store, meeting.host, store.port, meeting)
+    with roll.hosted(meeting) as here:
+        yield _Shared(connect(here), here, size, uuid.uuid4().hex)
 
 
-def _launch(
-    shared: _Shared,
-    here: int,
-    requested_ns: int,
-    entered_ns: int,
-    deadline_s: float,
-    entry: Callable[..., None],
-    *given: object,
-) -> _Stopped:
-    """Run `entry` with its Task, and with what else is given, in the ranks of this machine to their end."""
+def _called(shared: _Shared) -> roll.Roll:
+    """Return the list of the other nodes; as soon as one of them is gone it ends our ranks, which would wait for it."""
+    return roll.Roll(shared.meeting, lambda store: _kill(_own_ranks(shared._replace(store=store)).values()))
+
+
+def _settle(
+    shared: _Shared, others: roll.Roll, size: int, stopped: Stopped
+) -> tuple[dict[int, Answer], dict[int, int]]:
+    """Return what all ranks have said, and the exit codes of those that died, on all nodes.
+
+    Where ranks have failed here, and all that is known is that they have lost another, it waits for the other nodes
+    to tell why, or to be gone.
+    """
+    end = time.monotonic() + 2 * roll.GONE_S
+    while True:
+        answers, exit_codes = shared.answers(size, patience_s=0.0), dict(stopped.exit_codes)
+        for other in others.told().values():
+            exit_codes |= other.exit_codes
+        known = any(rank not in answers for rank in exit_codes) or any(
+            one.measurement.outcome.kind != "ok" and not one.lost for one in answers.values()
+        )
+        if known or len(answers) == size or others.all_accounted_for() or time.monotonic() > end:
+            return answers, exit_codes
+        time.sleep(POLL_S)
+
+
+def follow(meeting: Meeting, seen: str, patience_s: float, *, cache: Path, emit: Emit) -> str:
+    """Bring ranks to the case that node 0 measures next; `seen` is the one before.
+
+    Returns `over`, or `end` after the last case, or `silent` where node 0 was not there for `patience_s`. `emit` is
+    called with the case's name, about once a second while node 0 is heard. Raises BsprofError where node 0 measures
+    with another number of nodes.
+    """
+    forked = _fork_rank() if meeting.launched else None
+    name = roll.next_case(meeting, seen, patience_s, emit)
+    if name in (None, roll.END):
+        return roll.END if name else "silent"
+    emit(name, 0, None)
+    entered_ns = host_clock()
+    try:
+        return _follow(msgspec.structs.replace(meeting, name=name), entered_ns, cache, emit, forked)
+    except RuntimeError:  # node 0 has gone on without us
+        return "over"
+
+
+def _follow(meeting: Meeting, entered_ns: int, cache: Path, emit: Emit, forked: _Forked | None) -> str:
+    store = connect(meeting)
+    if not store.check(["question"]):  # it is over, and the store at that place is the next one's
+        return "over"
+    asked = msgspec.json.decode(store.get("question"), type=_Question)
+    settings, plan = asked.case.settings, asked.plan
+    assert settings is not None
+    if not meeting.launched and plan.nodes != meeting.nodes:
+        raise BsprofError(
+            f"--nnodes {meeting.nodes}: node 0 measures with {plan.nodes}", hint="give the same on every node"
+        )
+    shared = _Shared(store, meeting, settings.world_size, uuid.uuid4().hex)
+    seat = roll.Seat.take(meeting, shared.owner, _end_all, emit)
+    if seat is None:
+        return "over"
+    with seat:
+        with contextlib.suppress(Exception):  # the ranks fail of the same, and say so
+            registry.prepare_data(settings.data, data_request(settings, plan, cache))
+        seat.ready()
+        with _Lookout(shared, plan.nodes, settings.world_size, math.inf, lambda *_: None):
+            task = _task(shared, entered_ns, entered_ns, cache=str(cache))
+            stopped = _run_share(shared, task, forked, entered_ns / 1e9 + plan.deadline_s, leads=False)
+        seat.tell(stopped)
+    return "over"
+
+
+def _end_all() -> None:
+    """End this process and all that it has started: its case is over, and its ranks wait for others in vain."""
+    os.killpg(0, signal.SIGKILL)
+
+
+# --- starting ranks ---------------------------------------------------------------------------------
+
+
+def _task(shared: _Shared, requested_ns: int, entered_ns: int, *, cache: str | None = None) -> Task:
+    meeting = shared.meeting
+    local = _own_address(meeting.host, meeting.port)
+    return Task(meeting, local, shared.owner, requested_ns, entered_ns, cache)
+
+
+def _run_share(shared: _Shared, task: Task, forked: _Forked | None, end: float, *, leads: bool) -> Stopped:
+    """Run the ranks that this process brings to their end; they must have met before `end`, by the host clock."""
+    if forked:
+        return forked.run(task)
+    patience_s = max(1, int(end - host_clock() / 1e9))
+    return _launch(task, shared.size // task.meeting.nodes, patience_s, enter, leads=leads)
+
+
+def _launch(task: Task, here: int, patience_s: int, entry: Callable[..., None], *given: object, leads: bool) -> Stopped:
+    """Run `entry` with the task, and what else is given, in so many ranks here, and in as many on each other node."""
     forkserver.set_forkserver_preload(list(PRELOAD))
-    local = _own_address(shared.host, shared.port)
-    patience_s = max(1, round(deadline_s))
+    meeting = task.meeting
     config = LaunchConfig(
-        min_nodes=shared.meeting.nodes,
-        max_nodes=shared.meeting.nodes,
+        min_nodes=meeting.nodes,
+        max_nodes=meeting.nodes,
         nproc_per_node=here,
-        run_id=shared.meeting.name,
+        run_id=meeting.name,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"{shared.host}:{shared.port}",
-        rdzv_configs={"is_host": False, "timeout": patience_s, "join_timeout": patience_s},
+        rdzv_endpoint=meeting.endpoint,
+        rdzv_configs={
+            "is_host": False,
+            "timeout": patience_s,
+            "join_timeout": patience_s,
+            # By default a machine whose clock is 15 s behind ours would be taken for dead. The roll knows who is gone.
+            "keep_alive_max_attempt": 1_000_000,
+        },
         max_restarts=0,
         monitor_interval=0.1,
         start_method="forkserver",
-        local_addr=local,
+        # torch numbers nodes in the order of these names, and rank 0 belongs on node 0: its name is the one that the
+        # others know, theirs sort behind any host's.
+        local_addr=meeting.host if leads else f"~{task.local}",
     )
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
     try:
-        task = Task(shared.host, shared.port, local, os.getpid(), requested_ns, entered_ns)
         elastic_launch(config, entry)(task, *given)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return _Stopped(codes, "a rank failed")
+        return Stopped(codes, "a rank failed")
     except (RendezvousError, dist.DistError, TimeoutError, RuntimeError) as error:
-        return _Stopped({}, f"{type(error).__name__}: {error}".strip().splitlines()[0])
-    return _Stopped({})
+        return Stopped({}, f"{type(error).__name__}: {error}".strip().splitlines()[0])
+    return Stopped({})
+
+
+class _Forked(NamedTuple):
+    """A rank that waits for its task: forked while this process had no threads yet."""
+
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+
+    def run(self, task: Task) -> Stopped:
+        """Run it to its end."""
+        self.pipe.send(task)
+        self.process.join()
+        code = self.process.exitcode
+        return Stopped({Place.of_environment().rank: code}, "a rank failed") if code else Stopped({})
+
+
+def _fork_rank() -> _Forked:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_enter_when_told, args=(theirs,))
+    process.start()
+    return _Forked(process, ours)
+
+
+def _enter_when_told(pipe: Connection) -> None:
+    enter(pipe.recv())
 
 
 def _own_address(host: str, port: int) -> str:
@@ -187,7 +296,7 @@ def _own_address(host: str, port: int) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing
             return str(probe.getsockname()[0])
-    return _LOOPBACK
+    return LOOPBACK
 
 
 class _Lookout:
@@ -218,18 +327,14 @@ class _Lookout:
                 if shared.store.check(["progress"]) and (told := shared.store.get("progress")) != last:
                     last = told
                     self._emit(*msgspec.json.decode(told, type=tuple[str, int, float | None]))
-                if host_clock() / 1e9 > self._end:
+                if host_clock() / 1e9 > self._end or shared.store.check(["hanging"]):
                     self._places = self._ask(shared)
                     return
 
     def _ask(self, shared: _Shared) -> dict[int, str]:
-        """Return the stack of each rank that has one, and end those of this machine."""
-        pids = {}
-        for rank in range(self._size):
-            if shared.store.check([f"pid/{rank}"]):
-                parent, process = map(int, shared.store.get(f"pid/{rank}").decode().split())
-                if parent == os.getpid() and psutil.pid_exists(process):
-                    pids[rank] = process
+        """Return the stack of each rank that has one, and end those of this process."""
+        shared.store.set("hanging", "")  # other nodes ask theirs as well
+        pids = _own_ranks(shared)
         for pid in pids.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
@@ -237,16 +342,28 @@ class _Lookout:
         for rank in pids:
             with contextlib.suppress(OSError):
                 shared.store.set(f"stack/{rank}", _stack_file(rank).read_text())
-        time.sleep(2 * POLL_S)
-        stacks = {
-            rank: shared.store.get(f"stack/{rank}").decode()
-            for rank in range(self._size)
-            if shared.store.check([f"stack/{rank}"])
-        }
-        for pid in pids.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + (STACKS_S if shared.meeting.nodes > 1 else 2 * POLL_S)
+        came = roll.registered(shared.store, self._size)
+        while True:
+            known = [rank for rank in came if shared.store.check([f"stack/{rank}"])]
+            if len(known) == len(came) or time.monotonic() > end:
+                break
+            time.sleep(POLL_S)
+        stacks = {rank: shared.store.get(f"stack/{rank}").decode() for rank in known}
+        _kill(pids.values())
         return stacks
+
+
+def _own_ranks(shared: _Shared) -> dict[int, int]:
+    """Return the processes of the ranks that this process has brought and that still run."""
+    known = roll.registered(shared.store, shared.size)
+    return {rank: pid for rank, (owner, pid) in known.items() if owner == shared.owner and psutil.pid_exists(pid)}
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 # --- what they said, put together -------------------------------------------------------------------
@@ -403,29 +520,33 @@ def _place(stack: str) -> _Place:
 class Task(NamedTuple):
     """What a rank is told by the process that starts it."""
 
-    host: str
-    port: int
-    """Of the store."""
+    meeting: Meeting
     local: str
-    """This machine's address, as the store's machine sees it."""
-    parent: int
+    """This machine's address, as node 0 sees it."""
+    owner: str
+    """Names the process that starts it."""
     requested_ns: int
     entered_ns: int
+    cache: str | None = None
+    """This machine's folder for data, where it is not node 0's."""
 
 
 def enter(task: Task) -> None:
     """Be a rank: join the others, measure, and say what came of it; ends the process where it failed."""
     place = Place.of_environment()
     faulthandler.register(signal.SIGUSR1, _stack_file(place.rank).open("w"), all_threads=False)
-    store = TCPStore(task.host, task.port, is_master=False, timeout=_TIMEOUT)
-    store.set(f"pid/{place.rank}", f"{task.parent} {os.getpid()}")
+    store = connect(task.meeting)
+    roll.register(store, place.rank, task.owner, os.getpid())
     take_device(place.local_rank)
-    if task.host != _LOOPBACK:
+    if not ipaddress.ip_address(task.local.partition("%")[0]).is_loopback:
         _talk_from(task.local)
-    answer = measure_as(place, store, task.requested_ns, task.entered_ns)
+    group = PrefixStore("group", connect(task.meeting)) if task.meeting.launched else None
+    answer = measure_as(place, store, task.requested_ns, task.entered_ns, group=group, cache=task.cache)
     if answer.lost:
         time.sleep(LOST_S)
-    store.set(f"said/{place.rank}", zlib.compress(results.to_json(answer)))  # type: ignore[arg-type]
+    key = f"said/{place.rank}"
+    store.set(key, zlib.compress(results.to_json(answer)))  # type: ignore[arg-type]
+    store.check([key])  # answered after it has arrived, and nobody asks for it before we are gone
     if answer.measurement.outcome.kind != "ok":
         _leave()
     dist.destroy_process_group()
@@ -446,8 +567,19 @@ class Place(NamedTuple):
         return cls(*(int(os.environ[name]) for name in names))
 
 
-def measure_as(place: Place, store: Store, requested_ns: int, entered_ns: int) -> Answer:
-    """Measure the case that the store asks about, as one rank of the group that the environment describes."""
+def measure_as(
+    place: Place,
+    store: Store,
+    requested_ns: int,
+    entered_ns: int,
+    *,
+    group: Store | None = None,
+    cache: str | None = None,
+) -> Answer:
+    """Measure the case that the store asks about, as one rank of the group that the environment describes.
+
+    The group is made by the store `group`, if one is given, else by torch's launcher's.
+    """
     asked = msgspec.json.decode(store.get("question"), type=_Question)
     started_ns = host_clock()
 
@@ -458,11 +590,15 @@ def measure_as(place: Place, store: Store, requested_ns: int, entered_ns: int) -
     lost = False
     device = present_device()
     emit("joining", 0, None)
-    join(device, asked.plan.deadline_s)
+    assert asked.case.settings is not None
+    if group is None:
+        join(device, asked.plan.deadline_s)
+    else:
+        join(device, asked.plan.deadline_s, store=group, rank=place.rank, world_size=asked.case.settings.world_size)
     joined_ns = host_clock()
     ranks = world.Ranks(place.local_rank, place.local_size)
     trace = Path(asked.trace) if asked.trace and place.rank == 0 else None
-    run = CaseRun(asked.case, asked.plan, Path(asked.cache), throttled(emit), trace, world=ranks)
+    run = CaseRun(asked.case, asked.plan, Path(cache or asked.cache), throttled(emit), trace, world=ranks)
     with run.failing():
         try:
             run.go(requested_ns, joined_ns)
@@ -509,11 +645,14 @@ def _rank(place: Place, measurement: Measurement, run: CaseRun) -> Rank:
     )
 
 
-def join(device: torch.device, deadline_s: float) -> None:
-    """Make the process group of all ranks; hosts talk by gloo in any case."""
+def join(device: torch.device, deadline_s: float, **group: Any) -> None:
+    """Make the process group of all ranks, as torch's launcher describes it or by `group`'s store, rank and world size.
+
+    Hosts talk by gloo in any case.
+    """
     backend = dist.get_default_backend_for_device(device)
     both = backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}"
-    dist.init_process_group(both, timeout=timedelta(seconds=deadline_s))
+    dist.init_process_group(both, timeout=timedelta(seconds=deadline_s), **group)
     dist.broadcast(torch.zeros(1), 0)
 
 
@@ -579,7 +718,8 @@ def ask(work: Work, question: str, size: int, deadline_s: float) -> list[str]:
     now_ns = host_clock()
     with _hosted(Meeting(), size) as shared:
         shared.store.set("question", question)
-        stopped = _launch(shared, size, now_ns, now_ns, deadline_s, _answer, work, deadline_s)
+        patience_s = max(1, round(deadline_s))
+        stopped = _launch(_task(shared, now_ns, now_ns), size, patience_s, _answer, work, deadline_s, leads=True)
         words = {
             rank: msgspec.json.decode(shared.store.get(f"said/{rank}"), type=_Word)
             for rank in range(size)
@@ -602,7 +742,7 @@ def _answer(task: Task, work: Work, deadline_s: float) -> None:
     """Be a rank that does `work`; the launcher ends the others where it fails."""
     signal.alarm(max(1, round(deadline_s)))  # ends this process wherever it hangs, in a driver too
     place = Place.of_environment()
-    store = TCPStore(task.host, task.port, is_master=False, timeout=_TIMEOUT)
+    store = connect(task.meeting)
     take_device(place.local_rank)
     word = _Word()
     try:

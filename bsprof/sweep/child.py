@@ -12,7 +12,7 @@ from bsprof.diagnosis import diagnose
 from bsprof.loader import measuring as watching
 from bsprof.loading import LoaderRequest
 from bsprof.measure import case as measuring
-from bsprof.measure import environment, pair, ranks, rates, selftest, world
+from bsprof.measure import environment, pair, ranks, rates, roll, selftest, world
 from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
@@ -26,7 +26,22 @@ class CaseRequest(msgspec.Struct):
     case: Case
     plan: Plan
     trace: str | None = None
-    meeting: ranks.Meeting = ranks.Meeting()
+    meeting: roll.Meeting = roll.Meeting()
+
+
+class FollowRequest(msgspec.Struct):
+    """Where node 0 measures, the case of it that is known already, and for how long it may not be there."""
+
+    meeting: roll.Meeting
+    seen: str
+    patience_s: float
+
+
+class DismissRequest(msgspec.Struct):
+    """Where the other nodes wait for a case, and for how long they may not hear that none follows."""
+
+    meeting: roll.Meeting
+    patience_s: float
 
 
 class PairRequest(msgspec.Struct):
@@ -111,6 +126,20 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
         found = diagnose(measurement.loading, predictions=request.plan.diagnose == "full")
         measurement = msgspec.structs.replace(measurement, diagnosis=found)
     return store.to_json(measurement)
+
+
+def follow(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Bring ranks to the next case of a FollowRequest and return how that ended, a word of `ranks.follow`."""
+    asked = msgspec.json.decode(payload, type=FollowRequest)
+    word = ranks.follow(asked.meeting, asked.seen, asked.patience_s, cache=cache_dir(), emit=emit)
+    return msgspec.json.encode(word)
+
+
+def dismiss(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Tell the other nodes of a DismissRequest that no case follows."""
+    asked = msgspec.json.decode(payload, type=DismissRequest)
+    roll.dismiss(asked.meeting, asked.patience_s)
+    return b"null"
 
 
 def measure_pair(payload: bytes, requested_ns: int, emit: Emit) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -14,6 +15,7 @@ from bsprof.errors import BsprofError
 from bsprof.loading import LoaderRequest
 from bsprof.model import Case, Ceilings, Check, Environment, Measurement, Outcome, Plan, Settings
 from bsprof.sweep.interruption import Interruption
+from bsprof.sweep.nodes import Party
 from bsprof.sweep.process import ChildError, Death, Interpreter, Progressed, call, current_directory
 
 LAST_WORDS = 200
@@ -112,11 +114,17 @@ def _point(case: Case) -> tuple[str, int]:
 
 
 class ProcessExecutor:
-    """Measures each case in a process of its own, until `stop` is requested; `trace` says where its trace is kept."""
+    """Measures each case in a process of its own, until `stop` is requested.
 
-    def __init__(self, stop: Interruption, *, trace: Mapping[Case, Path] | None = None) -> None:
+    `trace` says where a case's trace is kept, `party` who else brings ranks to it.
+    """
+
+    def __init__(
+        self, stop: Interruption, *, trace: Mapping[Case, Path] | None = None, party: Party | None = None
+    ) -> None:
         self._stop = stop
         self._trace = trace or {}
+        self._party = party
 
     def measure(self, case: Case, plan: Plan, watcher: Watcher) -> Measurement:
         """Return the child's measurement, or what can be said of its death."""
@@ -131,7 +139,9 @@ class ProcessExecutor:
                 steps = message.steps
                 watcher.advanced(case, message.stage, message.steps, message.precision)
 
-        question = {"case": case, "plan": plan, "trace": str(trace) if trace else None}
+        question: dict[str, Any] = {"case": case, "plan": plan, "trace": str(trace) if trace else None}
+        if self._party:
+            question["meeting"] = self._party.meeting(f"{case.key}-{case.process}-{uuid.uuid4().hex[:8]}")
         measurement = _measure("measure", question, case, plan.deadline_s, heard, self._stop)
         if measurement.inside_s is not None or measurement.outcome.kind == "error":
             return measurement
