@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 
-from bsprof import store
+from bsprof import cli, store
 from bsprof.model import Measurement, Result
 
 TESTS = Path(__file__).parent
@@ -40,6 +41,15 @@ def run(directory: Path, *arguments: str, prefix: Sequence[str] = ()) -> subproc
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, whose fork server is there already: what is refused need not wait for one."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 15.0) -> bool:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run_here
 from test_cli import bsprof
 
 from bsprof import store
@@ -64,11 +65,11 @@ def test_a_models_step_is_taken():
     [
         ("loaders:broken", "error", "sample 20 is damaged"),
         ("loaders:deadly", "crash", "SIGKILL"),
-        ("loaders:stuck", "timeout", "after 3 s"),
+        ("loaders:stuck", "timeout", "after 8 s"),
     ],
 )
 def test_a_loader_that_fails_says_how_and_what_was_seen_until_then(target, outcome, message):
-    done = loader(target, "--seconds", "20", "--deadline", "3", "-o", "-")
+    done = loader(target, "--seconds", "20", "--deadline", "8", "-o", "-")
     assert done.returncode == 2
     (measurement,) = json.loads(done.stdout)["measurements"]
     assert measurement["outcome"]["kind"] == outcome
@@ -104,8 +105,9 @@ def test_a_loader_that_fails_says_how_and_what_was_seen_until_then(target, outco
         ((), "TARGET"),
     ],
 )
-def test_bad_input_is_one_line_and_a_hint(arguments, message):
-    done = loader(*arguments)
+def test_bad_input_is_one_line_and_a_hint(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = run_here(capsys, "loader", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[0]
     assert all(line.startswith("hint: ") for line in done.stderr.splitlines()[1:])
