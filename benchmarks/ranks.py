@@ -2,8 +2,8 @@
 
     python -m benchmarks.ranks [--quick] [--repeats N] [--only CHECK[,CHECK]] [--json FILE]
 
-Worlds of 1 and 2 with gloo on this machine, one thread a rank. Nothing else may run meanwhile. It takes 15 minutes,
-`--quick` three.
+Worlds of 1 and 2 with gloo on this machine, one thread a rank. Nothing else may run meanwhile. It takes 25 minutes,
+`--quick` five.
 """
 
 from __future__ import annotations
