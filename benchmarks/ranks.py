@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from bsprof.exchange import late
-from bsprof.scaling import scaled
 
 from benchmarks.rank_models import BATCH, HOOK_S
 from bsprof import stats, store
 from bsprof.errors import Exit
+from bsprof.exchange import late
 from bsprof.metrics import CaseSummary, summarise
 from bsprof.model import Result
+from bsprof.scaling import scaled
 from bsprof.sweep.runner import describe_environment
 
 ROOT = Path(__file__).parents[1]
