@@ -13,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from bsprof.measure import collectives, ranks
+from bsprof.measure import collectives, roll
 from bsprof.measure.collectives import Found
 from bsprof.measure.repeats import Extent, Tally
 from bsprof.model import AllReduce, Ceiling
@@ -38,7 +38,7 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     if work := asked.get("work"):
         collectives.reduce_all = globals()[work]
     if asked.get("refused"):
-        ranks.TCPStore = refuse
+        roll.TCPStore = refuse
     collectives.DEADLINE_S = asked.get("deadline_s", 60.0)
     tally = Tally(SMALL)
     found = collectives.measure_all_reduce(tally, torch.device("cpu"), 2)

@@ -250,14 +250,15 @@ def baseline(measured, folder, *, factor=1.0, processes=1, gone=None, host=None)
 
 def test_a_slower_step_in_fresh_processes_fails(measured, suite):
     baseline(measured, suite / "base", factor=1e-3, processes=3)
-    done = run(suite, "-k", "4", "--bsprof-gate=base", "--bsprof-save=new", "--bsprof-repeat=2")
+    # With two processes one that is ten times slower than the other leaves even this undecided.
+    done = run(suite, "-k", "4", "--bsprof-gate=base", "--bsprof-save=new", "--bsprof-repeat=3")
     assert done.returncode == 1, done.stdout
     assert "1 case: 1 regressed" in done.stdout and "exit code 1" in done.stdout
     assert "missing" not in done.stdout  # what -k leaves out
     processes = epochs(suite)
-    assert len(processes) == len(set(processes)) == 2
+    assert len(processes) == len(set(processes)) == 3
     (saved,) = (suite / "new").glob("*.json")
-    assert [one.case for one in store.load(saved).measurements] == [Case(key=CASES[0], process=i) for i in range(2)]
+    assert [one.case for one in store.load(saved).measurements] == [Case(key=CASES[0], process=i) for i in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,14 @@ def test_a_rank_that_fails_ends_its_case_alone_and_is_named(tmp_path):
 def test_a_rank_that_hangs_is_named_with_its_place(tmp_path):
     # Most of the deadline is for the ranks' start on a busy machine.
     done = run(
-        tmp_path, "bench", *WORLD, "--world-size", "2", "--deadline", "45", "--model", "rank_models:Hangs",
+        tmp_path, "bench", *WORLD, "--world-size", "2", "--deadline", "30", "--model", "rank_models:Hangs",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     (measurement,) = only_result(tmp_path).measurements
     outcome = measurement.outcome
     assert outcome.kind == "timeout", outcome
     assert outcome.phase == "forward"
-    assert outcome.message.startswith("rank 1 still in forward after 45 s (rank_models.py:")
+    assert outcome.message.startswith("rank 1 still in forward after 30 s (rank_models.py:")
     assert outcome.message.endswith("rank 0 waits for it")
 
 
