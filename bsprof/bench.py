@@ -64,7 +64,6 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     """Do what `request` asks and return the exit code."""
     started = time.monotonic()
     check_output(request.output)
-    notices = terminal.console(stderr=True)
     axes = {
         name: parse_values(axis, request.flags[name], "--" + name.replace("_", "-"))
         for name, axis in AXES.items()
@@ -76,18 +75,18 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
     party = find_party(request.flags["nnodes"], request.flags["rdzv_endpoint"], os.environ)
     if party and not party.leads:
         if not dry_run:
-            _follow(party, rest.get("deadline_s", Plan().deadline_s), notices)
+            _follow(party, rest.get("deadline_s", Plan().deadline_s))
         return Exit.DONE
     with contextlib.nullcontext() if dry_run else leading(party):
         return _lead(request, axes, stop, rest, party, started, dry_run=dry_run)
 
 
-def _follow(party: Party, patience_s: float, notices: Console) -> None:
+def _follow(party: Party, patience_s: float) -> None:
     if patience_s <= 0:
         raise BsprofError(f"--deadline: expected more than 0, got {patience_s:g}", hint="see `bsprof bench --help`")
     if not party.launched:
         followed = f"following node 0 at {party.endpoint}: the result is written there"
-        notices.print(followed, highlight=False, markup=False, soft_wrap=True)
+        terminal.console(stderr=True).print(followed, highlight=False, markup=False, soft_wrap=True)
     with Interruption("\ninterrupted at once\n") as stop:
         follow(party, patience_s, stop)
 
@@ -138,11 +137,10 @@ def _lead(
             _make_folders(request.trace, folders)
     if dry_run:
         check_names(settings, plan)
-        done = {(m.case.key, m.case.process) for m in past.finished()} if past else set()
         if plan.largest_batch:
             report_largest.render_searches(expansion.cases, plan, plan.largest_batch, terminal.console())
             return Exit.DONE
-        left = [case for case in expansion.cases if (case.key, case.process) not in done]
+        left = _left(expansion.cases, past.finished() if past else [])
         terminal.render_cases(left, f"at most {expected_s(plan, left):.0f} s", terminal.console())
         return Exit.DONE
     with notices.status("preparing the data") if notices.is_terminal else contextlib.nullcontext():
@@ -257,10 +255,15 @@ def _sweep(
         varying = [name for name in AXES if name in (*expansion.varying, "batch_size")]
         with Progress(notices, None, varying, 0.0) as progress:
             return search(expansion.cases, plan, executor, journal, progress, stop, done)
-    finished = {(one.case.key, one.case.process) for one in done}
-    left = [case for case in expansion.cases if (case.key, case.process) not in finished]
+    left = _left(expansion.cases, done)
     with Progress(notices, len(left), expansion.varying, expected_s(plan, left), plan.stop.precision) as progress:
         return Searched(sweep(expansion.cases, plan, executor, journal, progress, stop, done), [])
+
+
+def _left(cases: Sequence[Case], done: Sequence[Measurement]) -> list[Case]:
+    """Return the cases that are not among `done`."""
+    finished = {(one.case.key, one.case.process) for one in done}
+    return [case for case in cases if (case.key, case.process) not in finished]
 
 
 def _farewell(target: Path, notices: Console) -> str:

@@ -219,13 +219,8 @@ def _sampler(reading: Reading) -> Number:
 # --- what ranks cost each other --------------------------------------------------------------------------
 
 
-def _exposed(reading: Reading) -> Number:
-    found = exchange.exposed(reading)
-    return found.value if found else None
-
-
-def _skew(reading: Reading) -> Number:
-    found = exchange.skew(reading)
+def _value_of(estimate: Callable[[Reading], Estimate | None], reading: Reading) -> Number:
+    found = estimate(reading)
     return found.value if found else None
 
 
@@ -406,7 +401,7 @@ _METRICS = (
         "s",
         "lower",
         "what exchanging gradients adds to a step, signed",
-        _exposed,
+        partial(_value_of, exchange.exposed),
         stats.mean,
         exchange.exposed,
     ),
@@ -416,7 +411,7 @@ _METRICS = (
         "share",
         "lower",
         "exposed communication / mean step, signed",
-        lambda r: _of_mean_step(_exposed(r), r),
+        lambda r: _of_mean_step(_value_of(exchange.exposed, r), r),
     ),
     Metric(
         "skew",
@@ -424,7 +419,7 @@ _METRICS = (
         "s",
         "lower",
         "slowest rank - mean of the ranks, without an exchange",
-        _skew,
+        partial(_value_of, exchange.skew),
         within=exchange.skew,
     ),
     Metric(

@@ -571,9 +571,9 @@ class CaseRun:
         steps = self._exchange_ns // self.recent_step_ns() // (2 * EXCHANGE_PAIRS)
         size = self.world.agree(min(LARGEST_BLOCK, max(1, steps)))
         end_ns = host_clock() + self._exchange_ns
+        kinds: tuple[Literal["synchronised", "unsynchronised"], ...] = ("synchronised", "unsynchronised")
         pair = 0
         while pair < 2 or self.world.agree(pair < EXCHANGE_PAIRS and host_clock() < end_ns):
-            kinds: tuple[Literal["synchronised", "unsynchronised"], ...] = ("synchronised", "unsynchronised")
             for kind in kinds if pair % 2 == 0 else kinds[::-1]:
                 self.world.agree(pair)  # all begin together
                 before = self._device_clock.stamp() if self._device_clock else 0

@@ -267,20 +267,24 @@ def _own_s() -> float:
 
 def _process_s(pid: int) -> float:
     """Return CPU seconds of a process and of its ended children, 0 where it has gone or the system does not tell."""
+    return _cpu_s(_stat_fields(Path(f"/proc/{pid}")))
+
+
+def _stat_fields(process: Path) -> list[str]:
+    """Return the fields of a process from its state on (proc(5)), none where it has gone."""
     # The second field is the command's name in parentheses, and may hold anything, blanks and parentheses included.
-    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return _read(process / "stat").rpartition(")")[2].split()
+
+
+def _cpu_s(fields: list[str]) -> float:
     return sum(int(ticks) for ticks in fields[11:15]) / _TICKS_PER_S
 
 
 def _session_s() -> float:
     """Return the CPU time of all processes of this session and of their ended children; Linux alone tells."""
     session = str(os.getsid(0))
-    found = 0.0
-    for entry in Path("/proc").glob("[0-9]*"):
-        fields = _read(entry / "stat").rpartition(")")[2].split()
-        if len(fields) > 15 and fields[3] == session:
-            found += sum(int(ticks) for ticks in fields[11:15]) / _TICKS_PER_S
-    return found or _own_s()
+    processes = map(_stat_fields, Path("/proc").glob("[0-9]*"))
+    return sum(_cpu_s(fields) for fields in processes if fields[3:4] == [session]) or _own_s()
 
 
 class _Process(NamedTuple):

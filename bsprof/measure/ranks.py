@@ -26,7 +26,7 @@ from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil  # type: ignore[import-untyped]
@@ -94,9 +94,9 @@ def measure(
         emit("joining", 0, None)
         if absence := others.gather(end - host_clock() / 1e9):
             return Measurement(case=case, outcome=absence, wall_s=0.0, inside_s=(host_clock() - entered_ns) / 1e9)
-        with _Lookout(shared, plan.nodes, size, end, emit) as lookout:
+        with _Lookout(shared, end, emit) as lookout:
             stopped = _run_share(shared, _task(shared, requested_ns, entered_ns), forked, end, leads=True)
-        answers, exit_codes = _settle(shared, others, size, stopped)
+        answers, exit_codes = _settle(shared, others, stopped)
         cause = others.loss(size) or lookout.hung(plan.deadline_s)
     measurement = put_together(case, answers, exit_codes, stopped.failure, cause)
     inside_s = (host_clock() - entered_ns) / 1e9
@@ -116,17 +116,14 @@ class _Shared(NamedTuple):
         """Return a connection of one's own: a client that waits lets nobody else ask through it."""
         return self._replace(store=connect(self.meeting))
 
-    def answers(self, size: int, *, patience_s: float) -> dict[int, Answer]:
-        """Return what ranks have said, by rank; waits for the others so long."""
-        end = time.monotonic() + patience_s
-        while True:
-            said = [rank for rank in range(size) if self.store.check([f"said/{rank}"])]
-            if len(said) == size or time.monotonic() >= end:
-                break
-            time.sleep(POLL_S)
-        return {
-            rank: msgspec.json.decode(zlib.decompress(self.store.get(f"said/{rank}")), type=Answer) for rank in said
-        }
+    def said(self) -> dict[int, bytes]:
+        """Return what ranks have said by now, by rank."""
+        return {rank: self.store.get(f"said/{rank}") for rank in range(self.size) if self.store.check([f"said/{rank}"])}
+
+    def answers(self) -> dict[int, Answer]:
+        """Return the answers of the ranks of a case, as far as there are."""
+        read = {rank: zlib.decompress(said) for rank, said in self.said().items()}
+        return {rank: msgspec.json.decode(answer, type=Answer) for rank, answer in read.items()}
 
 
 @contextlib.contextmanager
@@ -140,9 +137,7 @@ def _called(shared: _Shared) -> roll.Roll:
     return roll.Roll(shared.meeting, lambda store: _kill(_own_ranks(shared._replace(store=store)).values()))
 
 
-def _settle(
-    shared: _Shared, others: roll.Roll, size: int, stopped: Stopped
-) -> tuple[dict[int, Answer], dict[int, int]]:
+def _settle(shared: _Shared, others: roll.Roll, stopped: Stopped) -> tuple[dict[int, Answer], dict[int, int]]:
     """Return what all ranks have said, and the exit codes of those that died, on all nodes.
 
     Where ranks have failed here, and all that is known is that they have lost another, it waits for the other nodes
@@ -150,13 +145,13 @@ def _settle(
     """
     end = time.monotonic() + 2 * roll.GONE_S
     while True:
-        answers, exit_codes = shared.answers(size, patience_s=0.0), dict(stopped.exit_codes)
+        answers, exit_codes = shared.answers(), dict(stopped.exit_codes)
         for other in others.told().values():
             exit_codes |= other.exit_codes
         known = any(rank not in answers for rank in exit_codes) or any(
             one.measurement.outcome.kind != "ok" and not one.lost for one in answers.values()
         )
-        if known or len(answers) == size or others.all_accounted_for() or time.monotonic() > end:
+        if known or len(answers) == shared.size or others.all_accounted_for() or time.monotonic() > end:
             return answers, exit_codes
         time.sleep(POLL_S)
 
@@ -199,7 +194,7 @@ def _follow(meeting: Meeting, entered_ns: int, cache: Path, emit: Emit, forked: 
         with contextlib.suppress(Exception):  # the ranks fail of the same, and say so
             registry.prepare_data(settings.data, data_request(settings, plan, cache))
         seat.ready()
-        with _Lookout(shared, plan.nodes, settings.world_size, math.inf, lambda *_: None):
+        with _Lookout(shared, math.inf, lambda *_: None):
             task = _task(shared, entered_ns, entered_ns, cache=str(cache))
             stopped = _run_share(shared, task, forked, entered_ns / 1e9 + plan.deadline_s, leads=False)
         seat.tell(stopped)
@@ -302,8 +297,8 @@ def _own_address(host: str, port: int) -> str:
 class _Lookout:
     """Passes on where rank 0 is, and shortly before the deadline finds out where each rank of this machine hangs."""
 
-    def __init__(self, shared: _Shared, nodes: int, size: int, end: float, emit: Emit) -> None:
-        self._shared, self._nodes, self._size, self._end, self._emit = shared, nodes, size, end, emit
+    def __init__(self, shared: _Shared, end: float, emit: Emit) -> None:
+        self._shared, self._end, self._emit = shared, end, emit
         self._done = threading.Event()
         self._places: dict[int, str] = {}
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -343,7 +338,7 @@ class _Lookout:
             with contextlib.suppress(OSError):
                 shared.store.set(f"stack/{rank}", _stack_file(rank).read_text())
         end = time.monotonic() + (STACKS_S if shared.meeting.nodes > 1 else 2 * POLL_S)
-        came = roll.registered(shared.store, self._size)
+        came = roll.registered(shared.store, shared.size)
         while True:
             known = [rank for rank in came if shared.store.check([f"stack/{rank}"])]
             if len(known) == len(came) or time.monotonic() > end:
@@ -542,13 +537,17 @@ def enter(task: Task) -> None:
         _talk_from(task.local)
     group = PrefixStore("group", connect(task.meeting)) if task.meeting.launched else None
     answer = measure_as(place, store, task.requested_ns, task.entered_ns, group=group, cache=task.cache)
-    if answer.lost:
+    failed = answer.measurement.outcome.kind != "ok"
+    _say(store, place.rank, zlib.compress(results.to_json(answer)), lost=answer.lost, failed=failed)
+
+
+def _say(store: Store, rank: int, answer: bytes, *, lost: bool, failed: bool) -> None:
+    """Give a rank's answer, and leave the group; where it has failed the launcher is to end the others."""
+    if lost:
         time.sleep(LOST_S)
-    key = f"said/{place.rank}"
-    store.set(key, zlib.compress(results.to_json(answer)))  # type: ignore[arg-type]
-    store.check([key])  # answered after it has arrived, and nobody asks for it before we are gone
-    if answer.measurement.outcome.kind != "ok":
-        _leave()
+    roll.put(store, f"said/{rank}", answer)
+    if failed:
+        os._exit(1)
     dist.destroy_process_group()
 
 
@@ -690,11 +689,6 @@ def _stack_file(rank: int) -> Path:
     return Path(tempfile.gettempdir(), f"rank-{rank}.stack")
 
 
-def _leave() -> NoReturn:
-    """End this process at once, so that the launcher ends the others."""
-    os._exit(1)
-
-
 # --- ranks that do something else -------------------------------------------------------------------
 
 Work = Callable[[str], str]
@@ -720,11 +714,7 @@ def ask(work: Work, question: str, size: int, deadline_s: float) -> list[str]:
         shared.store.set("question", question)
         patience_s = max(1, round(deadline_s))
         stopped = _launch(_task(shared, now_ns, now_ns), size, patience_s, _answer, work, deadline_s, leads=True)
-        words = {
-            rank: msgspec.json.decode(shared.store.get(f"said/{rank}"), type=_Word)
-            for rank in range(size)
-            if shared.store.check([f"said/{rank}"])
-        }
+        words = {rank: msgspec.json.decode(said, type=_Word) for rank, said in shared.said().items()}
     for rank, code in stopped.exit_codes.items():
         if code == -signal.SIGALRM:
             raise BsprofError(f"rank {rank} was not done after {deadline_s:g} s")
@@ -751,11 +741,4 @@ def _answer(task: Task, work: Work, deadline_s: float) -> None:
     except Exception as error:
         word.failure = classify(error).message or type(error).__name__
         word.lost = has_lost_another(error)
-    if word.lost:
-        time.sleep(LOST_S)
-    key = f"said/{place.rank}"
-    store.set(key, msgspec.json.encode(word).decode())
-    store.check([key])  # answered once it has arrived: we may be gone at once
-    if word.failure is not None:
-        _leave()
-    dist.destroy_process_group()
+    _say(store, place.rank, msgspec.json.encode(word), lost=word.lost, failed=word.failure is not None)

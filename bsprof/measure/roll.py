@@ -97,9 +97,13 @@ def connect(meeting: Meeting) -> Store:
 
 def announce(meeting: Meeting) -> None:
     """Say which case is measured now."""
-    store = _root(meeting, _TIMEOUT)
-    store.set(_CASE, meeting.name)
-    store.check([_CASE])  # answered after it has arrived
+    put(_root(meeting, _TIMEOUT), _CASE, meeting.name)
+
+
+def put(store: Store, key: str, value: str | bytes) -> None:
+    """Set a key, and return once it has arrived: setting alone does not wait, and whoever sets may be gone at once."""
+    store.set(key, value)  # type: ignore[arg-type]
+    store.check([key])
 
 
 def _root(meeting: Meeting, timeout: timedelta) -> Store:
@@ -303,9 +307,7 @@ class Seat:
 
     def tell(self, stopped: Stopped) -> None:
         """Say how the ranks of this node ended."""
-        key = f"stopped/{self._number}"
-        self._store.set(key, msgspec.json.encode(stopped).decode())
-        self._store.check([key])  # answered after it has arrived
+        put(self._store, f"stopped/{self._number}", msgspec.json.encode(stopped))
 
     def _beat(self) -> None:
         try:

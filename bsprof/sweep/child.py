@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -102,26 +103,13 @@ def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     request = msgspec.json.decode(payload, type=CaseRequest)
     emit = measuring.throttled(emit)
     trace = Path(request.trace) if request.trace else None
-    if request.case.settings and request.case.settings.world_size > 1:
-        together = ranks.measure(
-            request.case,
-            request.plan,
-            cache=cache_dir(),
-            requested_ns=requested_ns,
-            emit=emit,
-            trace=trace,
-            meeting=request.meeting,
-        )
-        return store.to_json(together)
-    measurement = measuring.measure(
-        request.case,
-        request.plan,
-        cache=cache_dir(),
-        requested_ns=requested_ns,
-        emit=emit,
-        trace=trace,
-        watch=watching.watch_training,
+    together = request.case.settings is not None and request.case.settings.world_size > 1
+    how = (
+        partial(ranks.measure, meeting=request.meeting)
+        if together
+        else partial(measuring.measure, watch=watching.watch_training)
     )
+    measurement = how(request.case, request.plan, cache=cache_dir(), requested_ns=requested_ns, emit=emit, trace=trace)
     if measurement.loading is not None:
         found = diagnose(measurement.loading, predictions=request.plan.diagnose == "full")
         measurement = msgspec.structs.replace(measurement, diagnosis=found)
