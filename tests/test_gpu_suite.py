@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from machines import environment
+from msgspec.structs import replace
+from worlds import BUCKETS, world
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are not installed
@@ -524,3 +526,34 @@ def test_a_size_that_was_not_reduced_or_another_backend_fails():
     assert line.reason == "CUDA out of memory"
     gloo = reduced(1024, 4096, backend="gloo")
     assert failed(exchange.judge_sizes(gloo, extent, "nccl")) == ["by the device's own backend"]
+
+
+def test_a_rank_whose_marks_buckets_or_clocks_are_wrong_fails():
+    both = world(2)
+    facts = replace(both.facts, parameters=sum(BUCKETS) // 4)
+    (rank, _) = both.ranks
+    spans = rank.samples.host_ns
+    device = replace(rank.samples, device_ns=spans)
+    blocks = [replace(block, device_wall_ns=block.wall_ns) for block in rank.blocks]
+    nccl = replace(both.communication, backend="nccl")
+
+    def verdicts(*, communication=nccl, facts=facts, on_device=True, **changed):
+        mine = replace(rank, **{"samples": device, "blocks": blocks, **changed})
+        alone = replace(both, ranks=(mine,), facts=facts, communication=communication)
+        return failed(exchange.judge_rank(alone, on_device=on_device))
+
+    late = [whole + 1 for whole in spans["backward"]]
+    assert verdicts() == []
+    assert verdicts(communication=both.communication, samples=rank.samples, blocks=rank.blocks, on_device=False) == []
+    assert verdicts(communication=both.communication) == ["by the device's own backend"]
+    assert verdicts(communication=None) == ["what is exchanged"]
+    assert verdicts(facts=replace(facts, parameters=1)) == ["its buckets hold all gradients"]
+    marks = ["a mark inside each backward, before the first all-reduce"]
+    for wrong in (None, late, [0] * len(late), rank.before_reduce_ns[1:]):
+        assert verdicts(before_reduce_ns=wrong) == marks
+    assert verdicts(samples=rank.samples) == marks
+    assert verdicts(samples=None) == marks
+    for wrong in (rank.blocks, blocks[1:], []):
+        assert verdicts(blocks=wrong) == ["blocks with and without an exchange"]
+    lost = replace(both, outcome=Outcome(kind="crash", message="rank 0: killed by SIGKILL"))
+    assert failed(exchange.judge_rank(lost, on_device=True)) == ["a rank trains under DDP"]

@@ -85,3 +85,18 @@ def large_matmuls(num_classes: int) -> nn.Module:
 def small_matmuls(num_classes: int) -> nn.Module:
     """As `large_matmuls`, for a rehearsal."""
     return Matmuls(num_classes, 256, 4)
+
+
+def normalised(num_classes: int) -> nn.Module:
+    """Return a small convolutional network with batch norm: what SyncBatchNorm takes the place of."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, num_classes),
+    )

@@ -32,7 +32,7 @@ from benchmarks.gpu.clocks import no_synchronisation, planted_delays, stall, sum
 from benchmarks.gpu.command import ROOT, marked
 from benchmarks.gpu.cost import distortion
 from benchmarks.gpu.device import CudaDevice, Device, RehearsalDevice
-from benchmarks.gpu.exchange import all_reduce
+from benchmarks.gpu.exchange import all_reduce, ddp
 from benchmarks.gpu.power import energy
 from benchmarks.gpu.vendor import ceilings
 from benchmarks.gpu.verdict import Check, Line, Stand, Unable, fail, skip
@@ -53,6 +53,7 @@ CHECKS = (
     Check(name="memory", expected_s=75, run=memory),
     Check(name="ceilings", expected_s=70, run=ceilings),
     Check(name="all_reduce", expected_s=25, run=all_reduce),
+    Check(name="ddp", expected_s=30, run=ddp),
 )
 """In this order; the expected seconds are those of an H100-class machine and only decide what still fits."""
 

@@ -248,7 +248,7 @@ class CaseRun:
                 self._timed = self._read()
             with self._stage("inspect"):
                 self._inspect()
-            if self.world.size > 1:
+            if self.world.exchanges:
                 with self._stage("exchange"):
                     self._exchange()
             self.training.stop()
@@ -463,7 +463,7 @@ class CaseRun:
 
     def _boundaries(self, steps: int) -> int:
         """Return how many boundaries a block of so many steps has; ranks mark one more a step."""
-        return steps * (len(self.stages) + (self.world.size > 1)) + 1
+        return steps * (len(self.stages) + self.world.exchanges) + 1
 
     def _block_size(self, end_ns: int) -> int:
         """Return steps a block: a small share of the time left, whole rounds of the workers where they fit."""
@@ -561,7 +561,7 @@ class CaseRun:
     @property
     def _exchange_ns(self) -> int:
         """The time to leave for blocks with and without an exchange of gradients."""
-        return round(self.plan.stop.max_case_time_s * 1e9 * EXCHANGE_SHARE) if self.world.size > 1 else 0
+        return round(self.plan.stop.max_case_time_s * 1e9 * EXCHANGE_SHARE) if self.world.exchanges else 0
 
     def _exchange(self) -> None:
         """Take blocks with and without an exchange of gradients, the order swapped from pair to pair.

@@ -32,6 +32,8 @@ class World(Protocol):
     local_rank: int
     local_size: int
     """Ranks on this machine."""
+    exchanges: bool
+    """Whether gradients go through DDP, be it in a world of one."""
 
     def agree(self, value: int) -> int:
         """Return rank 0's value. All ranks must ask; none returns before rank 0 has."""
@@ -54,6 +56,7 @@ class Alone:
 
     rank = local_rank = 0
     size = local_size = 1
+    exchanges = False
 
     def agree(self, value: int) -> int:
         """Return `value`."""
@@ -78,6 +81,8 @@ class Alone:
 
 class Ranks:
     """The default process group of torch.distributed, which must have been initialised, and DDP on it."""
+
+    exchanges = True
 
     def __init__(self, local_rank: int, local_size: int) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
