@@ -77,8 +77,13 @@ def run(request: Request, *, dry_run: bool, version: str) -> int:
         if not dry_run:
             _follow(party, rest.get("deadline_s", Plan().deadline_s))
         return Exit.DONE
-    with contextlib.nullcontext() if dry_run else leading(party):
-        return _lead(request, axes, stop, rest, party, started, dry_run=dry_run)
+    with contextlib.ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(leading(party))
+        past = _Past.read(request.resume) if request.resume else None
+        if past and past.journal:
+            stack.enter_context(past.journal)  # what is refused below leaves it to others
+        return _lead(request, past, axes, stop, rest, party, started, dry_run=dry_run)
 
 
 def _follow(party: Party, patience_s: float) -> None:
@@ -93,6 +98,7 @@ def _follow(party: Party, patience_s: float) -> None:
 
 def _lead(
     request: Request,
+    past: _Past | None,
     axes: dict[str, tuple[Any, ...]],
     stop: Mapping[str, Any],
     rest: dict[str, Any],
@@ -103,7 +109,6 @@ def _lead(
 ) -> int:
     """Sweep, alone or as node 0."""
     notices = terminal.console(stderr=True)
-    past = _Past.read(request.resume) if request.resume else None
     from_file = store.read_plan(request.plan_file) if request.plan_file else None
     auto = request.flags.get("world_size") == "auto"
     if from_file and (axes or auto or request.quick):

@@ -1,13 +1,16 @@
-"""The command line, run as a user runs it: in a process of its own, in a directory of its own."""
+"""The command line, run as a user runs it: in a directory of its own, and where it matters in a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -26,10 +29,26 @@ def command(*arguments: str) -> list[str]:
 
 def surroundings(**more: str) -> dict[str, str]:
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    return {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(Path.cwd() / "cache"), "COLUMNS": "140", **more}
+    return {**os.environ, "PYTHONPATH": paths, "COLUMNS": "140", **more}
 
 
-def run(directory: Path, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, whose fork server has torch already: a case's own process is as real as ever."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(directory),
+        mock.patch.dict(os.environ, surroundings()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        cli.main(list(arguments))
+    assert "Traceback" not in err.getvalue(), err.getvalue()
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def run_apart(directory: Path, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, below the command `prefix` if one is given."""
     done = subprocess.run(
         [*prefix, *command(*arguments)],
         cwd=directory,
@@ -102,5 +121,5 @@ def wait_for_journal(directory: Path, cases: int) -> Path:
 
 MANY = (
     "--model", "factories:Perceptron", "--data", "factories:Sleepy", "--workers", "1", "--precision", "0.0001",
-    "--max-case-time", "1", "--batch-size", "1,2,3,4,5,6",
+    "--max-case-time", "0.7", "--batch-size", "1,2,3,4,5,6",
 )  # fmt: skip

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from commands import FAST, MANY, TINY, by_name, only_result, run, run_here, start, wait_for_journal
+from commands import FAST, MANY, TINY, by_name, only_result, run, run_apart, run_here, start, wait_for_journal
 
 
 def test_failures_are_data_and_the_sweep_goes_on(tmp_path):
@@ -81,7 +81,7 @@ def test_a_corrupt_image_is_named(tmp_path):
 )
 def test_shared_memory_that_is_too_small_is_an_outcome(tmp_path):
     prefix = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"', "sh")
-    done = run(
+    done = run_apart(
         tmp_path, "bench", "--model", "factories:Perceptron", "--data", "factories:Large", "--workers", "0,1", *FAST,
         prefix=prefix,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def test_a_full_disk_is_known_before_measuring(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     script = f'mount -t tmpfs -o size=64k tmpfs {disk} && cd {disk} && "$@"; code=$?; ls {disk} >&2; exit $code'
-    done = run(tmp_path, "bench", *TINY, prefix=("unshare", "-m", "sh", "-c", script, "sh"))
+    done = run_apart(tmp_path, "bench", *TINY, prefix=("unshare", "-m", "sh", "-c", script, "sh"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "hint:" in done.stderr

@@ -102,18 +102,20 @@ def test_a_rehearsal_claims_nothing(rehearsal):
     assert all("| REHEARSED " in row for row in rows)
 
 
-def test_a_rehearsal_is_never_written_to_reports():
-    done = run_suite("--rehearse", "--out", "reports/somewhere")
-    assert done.returncode == 2
-    assert "no report" in done.stderr
+def test_a_rehearsal_is_never_written_to_reports(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        suite.main(["--rehearse", "--out", "reports/somewhere"])
+    assert ended.value.code == 2
+    assert "no report" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_says_so():
-    done = run_suite()
-    assert done.returncode == 2
-    assert "no CUDA device" in done.stderr
-    assert "--rehearse" in done.stderr
+def test_without_a_device_it_says_so(capsys):
+    assert suite.main([]) == 2
+    said = capsys.readouterr().err
+    assert "no CUDA device" in said
+    assert "--rehearse" in said
 
 
 def test_the_list_fits_into_the_budget(capsys):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from itertools import islice
+from pathlib import Path
 
 import psutil
 import pytest
@@ -38,12 +41,16 @@ WORLD = (
 )  # fmt: skip
 
 
-def left_over() -> list[int]:
-    """Return ranks that are still there: nothing but a rank, or the server it came from, has this in its command."""
+def at_work_in(directory: Path) -> list[psutil.Process]:
+    """Return the processes that are there: all of a case are, its ranks and their server too.
+
+    This process' own children may be: the fork server that cases come from was started in some directory.
+    """
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any("bsprof.measure.ranks" in word for word in process.info["cmdline"] or ()):
-            found.append(process.pid)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(directory) and os.getpid() not in (process.pid, process.ppid()):
+                found.append(process)
     return found
 
 
@@ -52,6 +59,7 @@ def scaled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("scaled")
     done = run(directory, "bench", "--model", "factories:Perceptron", *WORLD, "--world-size", "1,2")
     assert done.returncode == 0, done.stderr + done.stdout
+    assert at_work_in(directory) == []
     return by_name(only_result(directory), "world_size"), done
 
 
@@ -98,19 +106,13 @@ def test_the_bytes_exchanged_are_those_of_the_gradients(scaled):
     assert found["1"].communication is None
 
 
-def test_nothing_is_left_of_the_ranks(scaled):
-    # Other tests may have ranks of their own running.
-    assert scaled
-    mine = [pid for pid in left_over() if psutil.pid_exists(pid) and "scaled" in psutil.Process(pid).cwd()]
-    assert mine == []
-
-
 def test_a_rank_that_fails_ends_its_case_alone_and_is_named(tmp_path):
     names = ("Killed", "Raises", "Leaves", "OutOfMemory")
     done = run(
         tmp_path, "bench", *WORLD, "--world-size", "2", "--deadline", "120",
         "--model", ",".join([*(f"rank_models:{name}" for name in names), "factories:Perceptron"]),
     )  # fmt: skip
+    assert at_work_in(tmp_path) == []
     found = by_name(only_result(tmp_path), "model")
     assert done.returncode == 0, done.stderr
     outcomes = {name: found[name].outcome for name in (*names, "Perceptron")}
@@ -133,14 +135,15 @@ def test_a_rank_that_fails_ends_its_case_alone_and_is_named(tmp_path):
 def test_a_rank_that_hangs_is_named_with_its_place(tmp_path):
     # Most of the deadline is for the ranks' start on a busy machine.
     done = run(
-        tmp_path, "bench", *WORLD, "--world-size", "2", "--deadline", "30", "--model", "rank_models:Hangs",
+        tmp_path, "bench", *WORLD, "--world-size", "2", "--deadline", "15", "--model", "rank_models:Hangs",
     )  # fmt: skip
+    assert at_work_in(tmp_path) == []
     assert done.returncode == 2, done.stderr
     (measurement,) = only_result(tmp_path).measurements
     outcome = measurement.outcome
     assert outcome.kind == "timeout", outcome
     assert outcome.phase == "forward"
-    assert outcome.message.startswith("rank 1 still in forward after 30 s (rank_models.py:")
+    assert outcome.message.startswith("rank 1 still in forward after 15 s (rank_models.py:")
     assert outcome.message.endswith("rank 0 waits for it")
 
 

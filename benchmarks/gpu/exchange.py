@@ -13,7 +13,7 @@ from benchmarks.gpu.command import python, told
 from benchmarks.gpu.verdict import Line, Stand, Unable, fail, judge
 from bsprof import exchange, store
 from bsprof.errors import BsprofError
-from bsprof.measure import collectives, ranks
+from bsprof.measure import collectives, forks, ranks
 from bsprof.measure.clock import host_clock
 from bsprof.measure.collectives import Found
 from bsprof.measure.repeats import FULL, Extent
@@ -167,6 +167,7 @@ def _train(*, small: bool) -> bytes:
 def main(what: str, answer: Path, *, small: bool) -> None:
     """Let one rank do as it is told, and write what it has found."""
     tempfile.tempdir = str(answer.parent)  # torch's launcher leaves a folder of logs behind
+    forks.serve()
     try:
         found = {"reduce": _reduce, "train": _train}[what](small=small)
     except (BsprofError, RuntimeError) as error:

@@ -39,7 +39,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bsprof import store as results
 from bsprof.errors import BsprofError
-from bsprof.measure import roll, world
+from bsprof.measure import forks, roll, world
 from bsprof.measure.case import CaseRun, Emit, data_request, throttled
 from bsprof.measure.clock import host_clock, present_device
 from bsprof.measure.failures import classify
@@ -49,7 +49,7 @@ from bsprof.noun import Note
 from bsprof.workloads import registry
 
 PRELOAD = ("bsprof.measure.ranks",)
-"""Imported once by the fork server that a case's ranks come from: they need not each load torch."""
+"""Imported once by the fork server of a process that has not forked it from itself: ranks need not each load torch."""
 
 LAST_S = 10.0
 """So long before a case's deadline its ranks are asked where they hang, or a fifth of the deadline if that is less."""
@@ -86,7 +86,7 @@ def measure(
     assert case.settings is not None
     size = case.settings.world_size
     question = {"case": case, "plan": plan, "cache": str(cache), "trace": str(trace) if trace else None}
-    forked = _fork_rank() if meeting.launched else None
+    forked = _forked(meeting)
     with _hosted(meeting, size) as shared, _called(shared) as others:
         shared.store.set("question", results.to_json(question).decode())
         roll.announce(shared.meeting)
@@ -163,7 +163,7 @@ def follow(meeting: Meeting, seen: str, patience_s: float, *, cache: Path, emit:
     called with the case's name, about once a second while node 0 is heard. Raises BsprofError where node 0 measures
     with another number of nodes.
     """
-    forked = _fork_rank() if meeting.launched else None
+    forked = _forked(meeting)
     name = roll.next_case(meeting, seen, patience_s, emit)
     if name in (None, roll.END):
         return roll.END if name else "silent"
@@ -273,7 +273,11 @@ class _Forked(NamedTuple):
         return Stopped({Place.of_environment().rank: code}, "a rank failed") if code else Stopped({})
 
 
-def _fork_rank() -> _Forked:
+def _forked(meeting: Meeting) -> _Forked | None:
+    """Fork what ranks come from while this process has no threads yet: the one of a launcher, or a server for all."""
+    if not meeting.launched:
+        forks.serve()
+        return None
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_enter_when_told, args=(theirs,))
     process.start()

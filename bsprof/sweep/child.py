@@ -13,7 +13,7 @@ from bsprof.diagnosis import diagnose
 from bsprof.loader import measuring as watching
 from bsprof.loading import LoaderRequest
 from bsprof.measure import case as measuring
-from bsprof.measure import environment, pair, ranks, rates, roll, selftest, world
+from bsprof.measure import environment, forks, pair, ranks, rates, roll, selftest, world
 from bsprof.measure.clock import present_device
 from bsprof.model import Case, Plan, Settings
 from bsprof.workloads import registry
@@ -160,4 +160,5 @@ def check_clocks(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
 
 def measure_ceilings(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Measure what this machine can do at the most, to be kept under the identity that `payload` names."""
+    forks.serve()  # for the all-reduces, which come last
     return store.to_json(rates.measure(msgspec.json.decode(payload, type=str), cache_dir(), emit))
