@@ -27,7 +27,7 @@ from bsprof.report.turns import TurnsProgress
 from bsprof.sweep.interruption import Interruption
 from bsprof.sweep.plan import convert_flags, default_axes, expand, parse_values
 from bsprof.sweep.process import Interpreter, current_directory
-from bsprof.sweep.runner import describe_environment, prepare
+from bsprof.sweep.runner import ChildDied, describe_environment, introduce, prepare
 from bsprof.sweep.turns import PILOT, Bench, Pair, Protocol, Side, Taken, can_share_a_process, take
 from bsprof.sweep.worktree import is_commit, worktree
 
@@ -72,17 +72,13 @@ def run(request: Request) -> int:
     with contextlib.ExitStack() as stack, Interruption("\ninterrupted at once\n") as stop:
         with notices.status("starting") if notices.is_terminal else contextlib.nullcontext():
             environment = describe_environment()
-            interpreters = _interpreters(kinds[0], words, stack)
-            same = interpreters[0] == interpreters[1] == _here()
-            environments = [environment if one == _here() else _environment_of(one) for one in interpreters]
-            sides, plan = _sides(kinds[0], words, interpreters, request, environment)
-        for side in dict.fromkeys(sides):
-            if side.settings:
-                prepare([side.settings], plan, interpreter=None if same else side.interpreter)
+            sides, plan = _sides(kinds[0], words, _interpreters(kinds[0], words, stack), request, environment)
+            ready = {side: _made_ready(side, plan, environment) for side in dict.fromkeys(sides)}
         together = can_share_a_process(*sides, _here())
         floor = None if request.aa else noise.cached(environment, together=together)
         protocol = _above_the_floor(asked, floor)
-        experiment = _Experiment(sides, (environments[0], environments[1]), plan, protocol, together, request.output)
+        environments = (ready[sides[0]], ready[sides[1]])
+        experiment = _Experiment(sides, environments, plan, protocol, together, request.output)
         with TurnsProgress(notices, protocol.budget_s) as progress:
             bench = Bench(sides, plan, together=together, stop=stop, heard=progress.heard)
 
@@ -252,10 +248,16 @@ def _interpreters(kind: Kind, words: tuple[str, str], stack: contextlib.ExitStac
     return first, first if words[0] == words[1] else of(words[1])
 
 
-def _environment_of(interpreter: Interpreter) -> Environment:
+def _made_ready(side: Side, plan: Plan, here: Environment) -> Environment:
+    """Make all that a side needs before anything is timed, and return the Environment that it runs in."""
+    interpreter, settings = side.interpreter, [side.settings] if side.settings else []
+    if interpreter == _here():
+        if settings:
+            prepare(settings, plan)
+        return here
     try:
-        return describe_environment(interpreter.directory, interpreter=interpreter)
-    except BsprofError as error:
+        return introduce(interpreter, settings, plan)
+    except ChildDied as error:
         words = (error.hint or "").removeprefix("its last words: ")
         raise BsprofError(
             f"{interpreter.python}: bsprof does not run there: {words or error.message}",

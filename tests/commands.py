@@ -34,7 +34,7 @@ def surroundings(**more: str) -> dict[str, str]:
 
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in this process, whose fork server has torch already: a case's own process is as real as ever."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with (
         contextlib.chdir(directory),
         mock.patch.dict(os.environ, surroundings()),
@@ -43,8 +43,9 @@ def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.raises(SystemExit) as ended,
     ):
         cli.main(list(arguments))
-    assert "Traceback" not in err.getvalue(), err.getvalue()
-    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+    told, complained = (stream.buffer.getvalue().decode() for stream in (out, err))
+    assert "Traceback" not in complained, complained
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), told, complained)
 
 
 def run_apart(directory: Path, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:

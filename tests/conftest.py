@@ -6,7 +6,11 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from multiprocessing import forkserver
+from unittest import mock
+
+import pytest
 
 from bsprof.sweep.process import PRELOAD
 
@@ -18,3 +22,10 @@ if _CACHE not in os.environ:  # xdist's workers inherit it
 
 # Whichever test starts the server, the commands of all others want torch to be there.
 forkserver.set_forkserver_preload(list(PRELOAD))
+
+
+@pytest.fixture(autouse=True)
+def variables_stay() -> Iterator[None]:
+    """Undo what a test does to the environment: a command of a later one would run in another."""
+    with mock.patch.dict(os.environ):
+        yield

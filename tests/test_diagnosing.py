@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run_here
-from test_cli import bsprof
+from commands import run, run_here
 
 from bsprof import store
 from bsprof.diagnosing import _cure, _overlap
@@ -18,7 +17,7 @@ TESTS = Path(__file__).parent
 
 
 def loader(*arguments):
-    return bsprof("loader", *arguments, cwd=TESTS)
+    return run(TESTS, "loader", *arguments)
 
 
 def test_a_loader_is_diagnosed_saved_shown_and_drawn(tmp_path):
@@ -36,7 +35,7 @@ def test_a_loader_is_diagnosed_saved_shown_and_drawn(tmp_path):
     assert measurement.loading.settings.workers == 2
     assert measurement.diagnosis.sentence.split(":")[0] in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
-    shown = bsprof("show", str(result))
+    shown = run(tmp_path, "show", str(result))
     assert shown.returncode == 0
     assert shown.stdout.splitlines()[0] == done.stdout.splitlines()[0]
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import msgspec
 import pytest
 from hypothesis import given
@@ -389,24 +387,9 @@ threads = [1]
 """
 
 
-def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    return subprocess.Popen(
-        [sys.executable, "-m", "bsprof", "bench", *arguments],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(directory / "cache"), "COLUMNS": "140"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-
-
 def bench(directory: Path, *arguments: str) -> tuple[int, str, str]:
-    process = start(directory, *arguments)
-    out, err = process.communicate(timeout=120)
-    assert "Traceback" not in err, err
-    return process.returncode, out, err
+    done = commands.run(directory, "bench", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def check(result: Result) -> LargestBatch:
@@ -426,7 +409,7 @@ def check(result: Result) -> LargestBatch:
 
 def test_a_search_in_real_processes_killed_and_resumed(tmp_path):
     (tmp_path / "plan.toml").write_text(PLAN)
-    process = start(tmp_path, "--plan", "plan.toml", "-o", "out.json")
+    process = commands.start(tmp_path, "bench", "--plan", "plan.toml", "-o", "out.json")
     journal = tmp_path / "out.json.journal"
     end = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2) and time.monotonic() < end:

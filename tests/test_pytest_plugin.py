@@ -65,6 +65,7 @@ class Batches:
 def test_step(training_step, size):
     import torch
 
+    torch.set_num_threads(1)
     model = torch.nn.Linear(64, 10)
     training_step(model, Batches(size), Descent(model), steps=12, warmup=3)
 
@@ -249,8 +250,8 @@ def baseline(measured, folder, *, factor=1.0, processes=1, gone=None, host=None)
 
 
 def test_a_slower_step_in_fresh_processes_fails(measured, suite):
-    baseline(measured, suite / "base", factor=1e-3, processes=3)
-    # With two processes one that is ten times slower than the other leaves even this undecided.
+    # Beside other programs a process may be a hundred times slower than the next one: it must not matter.
+    baseline(measured, suite / "base", factor=1e-6, processes=3)
     done = run(suite, "-k", "4", "--bsprof-gate=base", "--bsprof-save=new", "--bsprof-repeat=3")
     assert done.returncode == 1, done.stdout
     assert "1 case: 1 regressed" in done.stdout and "exit code 1" in done.stdout

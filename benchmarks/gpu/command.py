@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import psutil
 
 from benchmarks.gpu.verdict import Stand, Unable
 from bsprof import store
+from bsprof.measure import forks
 from bsprof.model import Measurement, Result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +44,10 @@ class Finished(NamedTuple):
 
 
 def python(stand: Stand, arguments: Sequence[str], *, timeout_s: float) -> Finished:
-    """Run Python from the repository's root. What runs longer is ended, with all that it started."""
+    """Run Python from the repository's root. What runs longer is ended, with all that it started.
+
+    It is an interpreter of its own, but for a rehearsal, where it is a fork of this process.
+    """
     mark = uuid.uuid4().hex
     environment = {
         **os.environ,
@@ -57,6 +65,8 @@ def python(stand: Stand, arguments: Sequence[str], *, timeout_s: float) -> Finis
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        # A rehearsal has no device that would mind, and most of its time would be spent on importing torch.
+        preexec_fn=partial(_be_python, arguments, environment) if stand.rehearsed else None,
     )
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -73,6 +83,36 @@ def python(stand: Stand, arguments: Sequence[str], *, timeout_s: float) -> Finis
             raise Unable(f"still running after {timeout_s:.0f} s: {' '.join(arguments)}") from None
         raise
     return Finished(process.returncode, out, err, mark)
+
+
+def _be_python(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Do, in a fork of this process, what an interpreter with these arguments would do, and end."""
+    code: object = 1
+    try:
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.environ.clear()
+        os.environ.update(environment)
+        server = forkserver._forkserver  # type: ignore[attr-defined]
+        server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None  # our parent's
+        forks.serve()
+        option, what, *rest = arguments
+        if option == "-m":
+            sys.argv = [what, *rest]
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [option, *rest]
+            exec(what, {"__name__": "__main__"})
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def marked(mark: str, *, variable: str = MARK) -> list[psutil.Process]:

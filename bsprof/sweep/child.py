@@ -98,6 +98,12 @@ def prepare(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     return b"null"
 
 
+def introduce(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
+    """Prepare what a PrepareRequest asks for, and return the Environment as seen from the current directory."""
+    prepare(payload, requested_ns, emit)
+    return store.to_json(environment.collect(Path.cwd()))
+
+
 def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Measure the case of a CaseRequest."""
     request = msgspec.json.decode(payload, type=CaseRequest)

@@ -28,6 +28,10 @@ UNFINISHED = ("interrupted", "skipped")
 """Outcomes of a case that is still to be measured."""
 
 
+class ChildDied(BsprofError):
+    """A child that was asked something ended without an answer; the hint holds its last words."""
+
+
 class Executor(Protocol):
     """Measures one case. The real one starts a process; tests put a fake in its place."""
 
@@ -260,14 +264,12 @@ def watch_loader(
     return _measure("watch_loader", question, Case(key="loader"), deadline_s + GRACE_S, heard, stop)
 
 
-def describe_environment(directory: str | None = None, *, interpreter: Interpreter | None = None) -> Environment:
-    """Return the Environment of this machine, with the git commit of `directory`, by default the current one.
+def describe_environment() -> Environment:
+    """Return the Environment of this machine, with the git commit of the current directory.
 
-    It is collected in a child, so that this process never loads torch; another `interpreter` tells of its own software.
+    It is collected in a child, so that this process never loads torch.
     """
-    return msgspec.json.decode(
-        _ask("describe", directory or current_directory(), interpreter=interpreter), type=Environment
-    )
+    return msgspec.json.decode(_ask("describe", current_directory()), type=Environment)
 
 
 def check_names(all_settings: Sequence[Settings], plan: Plan) -> None:
@@ -275,9 +277,18 @@ def check_names(all_settings: Sequence[Settings], plan: Plan) -> None:
     _ask("check_names", {"settings": list(all_settings), "plan": plan})
 
 
-def prepare(all_settings: Sequence[Settings], plan: Plan, *, interpreter: Interpreter | None = None) -> None:
+def prepare(all_settings: Sequence[Settings], plan: Plan) -> None:
     """Check every name and make every data set, before anything is timed. Raises BsprofError."""
-    _ask("prepare", {"settings": list(all_settings), "plan": plan}, interpreter=interpreter)
+    _ask("prepare", {"settings": list(all_settings), "plan": plan})
+
+
+def introduce(interpreter: Interpreter, all_settings: Sequence[Settings], plan: Plan) -> Environment:
+    """Prepare as `prepare` does, in another interpreter, and return the Environment of its own software.
+
+    Raises ChildDied where bsprof does not run there.
+    """
+    question = {"settings": list(all_settings), "plan": plan}
+    return msgspec.json.decode(_ask("introduce", question, interpreter=interpreter), type=Environment)
 
 
 def catalogue() -> list[tuple[str, str, str]]:
@@ -313,12 +324,12 @@ def _ask(
     stop: Interruption | None = None,
     interpreter: Interpreter | None = None,
 ) -> bytes:
-    """Return the answer of a function of the child's, or raise BsprofError when it died."""
+    """Return the answer of a function of the child's, or raise ChildDied."""
     target = f"bsprof.sweep.child:{function}"
     reply = call(target, store.to_json(question), on_progress=on_progress, stop=stop, interpreter=interpreter)
     if reply.value is None:
         assert reply.death is not None
         how = reply.death.signal.name if reply.death.signal else f"exit code {reply.death.exit_code}"
         *_, last = ["", *reply.death.last_words.splitlines()]
-        raise BsprofError(f"{function}: the process died ({how})", hint=f"its last words: {last}" if last else None)
+        raise ChildDied(f"{function}: the process died ({how})", hint=f"its last words: {last}" if last else None)
     return reply.value
