@@ -89,7 +89,7 @@ def _be_python(arguments: Sequence[str], environment: Mapping[str, str]) -> NoRe
     """Do, in a fork of this process, what an interpreter with these arguments would do, and end."""
     code: object = 1
     try:
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        forks.close_files()
         os.environ.clear()
         os.environ.update(environment)
         server = forkserver._forkserver  # type: ignore[attr-defined]

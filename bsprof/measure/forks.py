@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
-import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from multiprocessing import forkserver, resource_tracker, util
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -36,12 +36,10 @@ def _fork(executable: bytes, arguments: Sequence[str], handles: Sequence[int]) -
 
 
 def _become(program: str, handles: Sequence[int]) -> NoReturn:
-    """Run `program` with standard streams and `handles` as the only open files, as after an exec, and end."""
+    """Run `program` with no more files open than after an exec, and end."""
     code = 1
     try:
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for below, above in itertools.pairwise([2, *sorted(handles), most]):
-            os.closerange(below + 1, above)
+        close_files(handles)
         exec(program, {})
         code = 0
     except SystemExit:
@@ -50,3 +48,11 @@ def _become(program: str, handles: Sequence[int]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
+
+
+def close_files(but: Collection[int] = ()) -> None:
+    """Close all files of this process but the standard streams and these."""
+    for handle in [int(entry.name) for entry in Path("/dev/fd").iterdir()]:
+        if handle > 2 and handle not in but:
+            with contextlib.suppress(OSError):  # the one by which they were listed is closed already
+                os.close(handle)
