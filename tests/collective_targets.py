@@ -13,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from bsprof.measure import collectives, roll
+from bsprof.measure import collectives, forks, roll
 from bsprof.measure.collectives import Found
 from bsprof.measure.repeats import Extent, Tally
 from bsprof.model import AllReduce, Ceiling
@@ -34,6 +34,7 @@ class Told(msgspec.Struct):
 
 def measure(payload: bytes, requested_ns: int, emit: Emit) -> bytes:
     """Measure all-reduces on the CPU, with `work` in each rank if the payload names one."""
+    forks.serve()
     asked = json.loads(payload)
     if work := asked.get("work"):
         collectives.reduce_all = globals()[work]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import psutil
@@ -17,6 +19,7 @@ import pytest
 
 from bsprof import cli, store
 from bsprof.model import Measurement, Result
+from bsprof.sweep.process import call
 
 TESTS = Path(__file__).parent
 FAST = ("--max-case-time", "0.6", "--precision", "0.5", "--order", "listed", "--batch-size", "4")
@@ -70,6 +73,24 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> subprocess.
     out, err = capsys.readouterr()
     assert "Traceback" not in err, err
     return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
+
+
+def interpret(code: str, *arguments: str, **variables: str) -> bytes:
+    """Return what a program prints in a process of its own; it comes from the fork server, which has torch already."""
+    question = json.dumps({"code": code, "arguments": arguments, "variables": variables}).encode()
+    reply = call("commands:_interpret", question, deadline_s=120)
+    assert reply.value is not None, reply.death
+    return json.loads(reply.value).encode("latin-1")
+
+
+def _interpret(payload: bytes, requested_ns: int, emit: object) -> bytes:
+    asked = json.loads(payload)
+    os.environ |= asked["variables"]
+    sys.argv = ["program", *asked["arguments"]]
+    sys.modules["__main__"] = ModuleType("__main__")  # what the program defines is found there by name, as by pickle
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), write_through=True)) as out:
+        exec(asked["code"], vars(sys.modules["__main__"]))
+    return json.dumps(out.buffer.getvalue().decode("latin-1")).encode()
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 15.0) -> bool:

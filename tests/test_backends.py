@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from commands import interpret
 from torch import nn
 
 from bsprof.measure import backends
@@ -19,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def in_force(code: str, **variables: str) -> Backends:
-    """Return what a fresh interpreter has in force after `code`."""
+    """Return what a process of its own has in force after `code`."""
     lines = (
         "import msgspec, sys, torch",
         "from bsprof.measure import backends",
@@ -27,11 +25,7 @@ def in_force(code: str, **variables: str) -> Backends:
         code,
         "sys.stdout.buffer.write(msgspec.json.encode(backends.in_force()))",
     )
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUBLAS", "PYTORCH"))}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, env={**clean, **variables}, capture_output=True, check=True
-    )
-    return msgspec.json.decode(done.stdout, type=Backends)
+    return msgspec.json.decode(interpret("\n".join(lines), **variables), type=Backends)
 
 
 def test_torchs_own_defaults():

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from commands import interpret
 
 from bsprof.errors import BsprofError
 from bsprof.measure.failures import classify
@@ -64,11 +65,13 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def fails(tmp_path):
-    """Run one kind of failure in a fresh process, behind `prefix` if given, and return its outcome."""
+    """Run one kind of failure in a process of its own, behind `prefix` if given, and return its outcome."""
     script = tmp_path / "failing.py"
     script.write_text(SCRIPT)
 
     def run(what: str, oom_kills: int = 0, prefix: tuple[str, ...] = ()) -> Outcome:
+        if not prefix:
+            return msgspec.json.decode(interpret(SCRIPT, what, str(oom_kills)), type=Outcome)
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         command = [*prefix, sys.executable, str(script), what, str(oom_kills)]
         done = subprocess.run(command, capture_output=True, env=environment, timeout=120)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import interpret
 
 from bsprof.errors import BsprofError
 from bsprof.measure import memory
@@ -24,9 +23,7 @@ def child(code: str) -> Any:
     """Run `code` in a process of its own, where limits and peaks are nobody else's, and return what it prints."""
     head = "import json, resource, torch\nfrom bsprof.errors import BsprofError\nfrom bsprof.measure import memory\n"
     head += "cpu = torch.device('cpu')\nMIB = 2**20\n"
-    done = subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(interpret(head + code))
 
 
 # --- the host -----------------------------------------------------------------------------------------

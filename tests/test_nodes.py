@@ -213,7 +213,7 @@ def torchrun(directory: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 def test_torchruns_ranks_are_the_world(tmp_path):
     models = "rank_models:Killed,rank_models:Raises,rank_models:Hangs,factories:Perceptron"
-    done = torchrun(tmp_path, "-m", "bsprof", "bench", "--model", models, *SHORT, "--deadline", "20")
+    done = torchrun(tmp_path, "-m", "bsprof", "bench", "--model", models, *SHORT, "--deadline", "12")
     assert done.returncode == 0, done.stderr
     result = only_result(tmp_path)
     assert outcomes(result) == ["crash", "error", "timeout", "ok"], [message(m) for m in result.measurements]
