@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from commands import by_name, only_result, run
+from commands import by_name, eventually, only_result, run
 from machines import environment
 
 from bsprof.errors import BsprofError
@@ -59,7 +59,7 @@ def scaled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("scaled")
     done = run(directory, "bench", "--model", "factories:Perceptron", *WORLD, "--world-size", "1,2")
     assert done.returncode == 0, done.stderr + done.stdout
-    assert at_work_in(directory) == []
+    assert eventually(lambda: not at_work_in(directory))
     return by_name(only_result(directory), "world_size"), done
 
 
@@ -112,7 +112,7 @@ def test_a_rank_that_fails_ends_its_case_alone_and_is_named(tmp_path):
         tmp_path, "bench", *WORLD, "--world-size", "2", "--deadline", "120",
         "--model", ",".join([*(f"rank_models:{name}" for name in names), "factories:Perceptron"]),
     )  # fmt: skip
-    assert at_work_in(tmp_path) == []
+    assert eventually(lambda: not at_work_in(tmp_path))
     found = by_name(only_result(tmp_path), "model")
     assert done.returncode == 0, done.stderr
     outcomes = {name: found[name].outcome for name in (*names, "Perceptron")}
@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(tmp_path):
     done = run(
         tmp_path, "bench", *WORLD, "--world-size", "2", "--deadline", "15", "--model", "rank_models:Hangs",
     )  # fmt: skip
-    assert at_work_in(tmp_path) == []
+    assert eventually(lambda: not at_work_in(tmp_path))
     assert done.returncode == 2, done.stderr
     (measurement,) = only_result(tmp_path).measurements
     outcome = measurement.outcome
