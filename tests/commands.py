@@ -66,15 +66,6 @@ def run_apart(directory: Path, *arguments: str, prefix: Sequence[str] = ()) -> s
     return done
 
 
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in this process, whose fork server is there already: what is refused need not wait for one."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(arguments))
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err, err
-    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
-
-
 def interpret(code: str, *arguments: str, **variables: str) -> bytes:
     """Return what a program prints in a process of its own; it comes from the fork server, which has torch already."""
     question = json.dumps({"code": code, "arguments": arguments, "variables": variables}).encode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import pytest
 import torch
@@ -12,8 +10,6 @@ from torch import nn
 
 from bsprof.measure import backends
 from bsprof.model import Backends, Settings
-
-ROOT = Path(__file__).parents[1]
 
 
 def in_force(code: str, **variables: str) -> Backends:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run, run_here
+from commands import run
 
 from bsprof import store
 from bsprof.diagnosing import _cure, _overlap
@@ -104,9 +104,8 @@ def test_a_loader_that_fails_says_how_and_what_was_seen_until_then(target, outco
         ((), "TARGET"),
     ],
 )
-def test_bad_input_is_one_line_and_a_hint(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    done = run_here(capsys, "loader", *arguments)
+def test_bad_input_is_one_line_and_a_hint(tmp_path, arguments, message):
+    done = run(tmp_path, "loader", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[0]
     assert all(line.startswith("hint: ") for line in done.stderr.splitlines()[1:])

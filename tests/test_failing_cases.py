@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from commands import FAST, MANY, TINY, by_name, only_result, run, run_apart, run_here, start, wait_for_journal
+from commands import FAST, MANY, TINY, by_name, only_result, run, run_apart, start, wait_for_journal
 
 
 def test_failures_are_data_and_the_sweep_goes_on(tmp_path):
@@ -123,11 +123,10 @@ def test_a_full_disk_is_known_before_measuring(tmp_path):
         (("bench", *TINY, "--trace", "x.json", "--batch-size", "1,2", "--dry-run"), "2 cases, one file"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, arguments, message):
     (tmp_path / "taken").touch()
     (tmp_path / "folder.json").mkdir()
-    monkeypatch.chdir(tmp_path)
-    done = run_here(capsys, *arguments)
+    done = run(tmp_path, *arguments)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

@@ -13,7 +13,6 @@ from commands import interpret
 from bsprof.errors import BsprofError
 from bsprof.measure import memory
 
-ROOT = Path(__file__).parents[1]
 MIB = 2**20
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through Linux's /proc")

@@ -352,7 +352,7 @@ HOSTS = "BSPROF_TEST_HOSTS"
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     if not os.environ.get(HOSTS):
-        pytest.skip(f"two machines take three minutes: {HOSTS}=1 runs them")
+        pytest.skip(f"two machines take a minute and a half: {HOSTS}=1 runs them")
     missing = [tool for tool in ("ip", "tc", "unshare", "nsenter", "hostname") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)}: not installed here")

@@ -23,8 +23,6 @@ from bsprof.readings import Reading
 
 SHARE_S = 5.0
 SMALL = FULL._replace(all_reduce_bytes=(2**10, 2**12), repeat_s=0.001, repeats=6)
-
-
 GRADIENT_BYTES = 4
 """Of a number in fp32."""
 
